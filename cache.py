@@ -1,0 +1,440 @@
+"""A disk cache of the frozen layers' outputs (section IV-C), filled once and read by every run that freezes them.
+
+Everything but `main` stands alone: copy it. As a command (which imports data.py and model.py):
+
+    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9             # for the last 3 of 12 layers, or fewer
+    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9 --verify    # read all of it back
+
+A folder holds index.json and shard-00000.pt …: hidden states before transformer layer `layer`, packed without padding,
+each utterance computed as if alone, so one cache serves both paddings. An interrupted fill is continued by the same
+command. index.json: fingerprint (what the contents depend on), seconds (of filling), shards {file: {bytes, sha256}},
+utterances {name: [shard, offset, frames, checksum, audio]}, and a checksum of all that.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+SHARD_BYTES = 64 * 2**20  # what an interruption can lose: about 150 utterances of base's width
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@contextlib.contextmanager
+def atomic(path, mode="wb"):
+    """Open a file that appears at `path` complete or not at all: temporary name, fsync, rename, fsync of the folder."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Make `folder` and hold it for this process; OSError if another process does. The kernel lets go of the lock when
+    its process ends, however it ends."""
+    os.makedirs(folder, exist_ok=True)
+    with open(Path(folder, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OSError(
+                f"{folder} is in use by another process; wait for it or give another folder"
+            ) from error
+        yield
+
+
+def index_checksum(index):
+    rest = {key: value for key, value in index.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_index(folder, index):
+    index["checksum"] = index_checksum(index)
+    with atomic(Path(folder, "index.json"), "w") as file:
+        json.dump(index, file)
+
+
+def read_index(folder):
+    """The index of a cache folder. ValueError if it is not one that `fill` wrote, to the byte of its contents."""
+    path = Path(folder, "index.json")
+    try:
+        index = json.loads(path.read_text())
+        intact = index["checksum"] == index_checksum(index)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; fill the cache first (cache.py)") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}); delete {folder} and fill it again"
+        ) from error
+    if not intact:
+        raise ValueError(
+            f"{path} was changed after it was written; delete {folder} and fill it again"
+        )
+    return index
+
+
+def compare(folder, index, fingerprint):
+    """ValueError that says what differs, unless the cache was made from what `fingerprint` says."""
+    found = index["fingerprint"]
+    differing = [key for key in fingerprint if found.get(key) != fingerprint[key]]
+    if differing:
+        what = "; ".join(f"{key} {found.get(key)}, not {fingerprint[key]}" for key in differing)
+        raise ValueError(
+            f"the cache {folder} was made with another {what}. Fill a cache in another folder"
+        )
+
+
+def checksum(name, hidden):
+    """CRC-32 of an utterance's name and frames (T, D): finds flipped bits and swapped entries."""
+    return zlib.crc32(hidden.numpy(), zlib.crc32(name.encode()))
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def audio_state(path):
+    """[bytes, time of change in ns, CRC-32 of the contents] of an audio file."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, zlib.crc32(Path(path).read_bytes())]
+
+
+def audio_changed(path, state):
+    """Whether an audio file differs from its `audio_state`. Its contents are read only if size or time differ; one that
+    is gone has not changed: a cached run needs no audio."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return False
+    if [stat.st_size, stat.st_mtime_ns] == state[:2]:
+        return False
+    return zlib.crc32(Path(path).read_bytes()) != state[2]
+
+
+def read_shard(path):
+    """Packed hidden states (frames, D), mapped from disk. Only tensors are unpickled. ValueError if damaged."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True)["hidden"]
+    except Exception as error:  # whatever a damaged or hostile file makes of the reader
+        raise ValueError(f"{path} is damaged or missing ({type(error).__name__})") from error
+
+
+def read_utterance(folder, index, name):
+    """Hidden states (T, D) of one utterance. ValueError naming shard and utterance if they are not what was written.
+
+    The shard is mapped anew each time (0.6 ms): mapped pages count as resident memory, which so stays flat.
+    """
+    shard, offset, frames, expected, _ = index["utterances"][name]
+    try:
+        hidden = read_shard(Path(folder, shard))[offset : offset + frames].clone()
+        intact = checksum(name, hidden) == expected
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"utterance {name}: {error}") from error
+    if not intact:
+        raise ValueError(
+            f"{Path(folder, shard)}: utterance {name} is damaged; delete this shard and run the same cache.py again"
+        )
+    return hidden
+
+
+class CachedDataset(Dataset):
+    """Item i: hidden states (T, D) in the cache's dtype, target (2,) float32, i. `utterances` need name, path,
+    activation, valence. ValueError where one is not in the cache or its audio file has changed since."""
+
+    def __init__(self, folder, utterances):
+        self.folder, self.utterances, self.index = folder, utterances, read_index(folder)
+        entries = self.index["utterances"]
+        lacking = [u.name for u in utterances if u.name not in entries]
+        if lacking:
+            raise ValueError(
+                f"the cache {folder} lacks {len(lacking)} of {len(utterances)} utterances, first {lacking[0]}; "
+                "the same cache.py as before adds them"
+            )
+        changed = [u.name for u in utterances if audio_changed(u.path, entries[u.name][4])]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} audio files changed since the cache {folder} was filled, first {changed[0]}; "
+                "fill a cache in another folder"
+            )
+        self.lengths = [entries[u.name][2] for u in utterances]
+
+    def __len__(self):
+        return len(self.utterances)
+
+    def __getitem__(self, i):
+        utterance = self.utterances[i]
+        hidden = read_utterance(self.folder, self.index, utterance.name)
+        return hidden, torch.tensor([utterance.activation, utterance.valence]), i
+
+
+def plan(frames, batch_size, frames_a_shard):
+    """Consecutive utterances to shards, each a list of batches of indices from short to long. A plan for the rest
+    after any finished shard is the rest of the plan, so a continued fill writes what an undisturbed one does."""
+    shards, total = [[]], 0
+    for i, n in enumerate(frames):
+        if shards[-1] and total + n > frames_a_shard:
+            shards.append([])
+            total = 0
+        shards[-1].append(i)
+        total += n
+    batches = []
+    for rows in filter(None, shards):
+        rows.sort(key=lambda i: frames[i])
+        batches.append([rows[k : k + batch_size] for k in range(0, len(rows), batch_size)])
+    return batches
+
+
+def fill(folder, fingerprint, dataset, frames, width, encode, collate_fn, batch_size=8, workers=2):
+    """Write what the cache does not hold yet; returns the index. The caller holds the folder's `lock`.
+
+    dataset : items (waveform (S,), target, i); dataset.utterances have name and path. frames : [int] their lengths.
+    encode : wave (B, S), samples (B,) -> hidden (B, T, D), as if each were alone. A shard and then the index are
+    written whole, so whenever the process ends, the cache is valid and holds all finished shards.
+    """
+    dtype = DTYPES[fingerprint["dtype"]]
+    index = {"fingerprint": fingerprint, "seconds": 0.0, "shards": {}, "utterances": {}}
+    if Path(folder, "index.json").exists():
+        index = read_index(folder)
+        compare(folder, index, fingerprint)
+        whole = {
+            s for s, entry in index["shards"].items() if is_file_of(Path(folder, s), entry["bytes"])
+        }
+        index["shards"] = {s: entry for s, entry in index["shards"].items() if s in whole}
+        index["utterances"] = {name: e for name, e in index["utterances"].items() if e[0] in whole}
+    todo = [i for i, u in enumerate(dataset.utterances) if u.name not in index["utterances"]]
+    bytes_a_frame = width * dtype.itemsize
+    needed = sum(frames[i] for i in todo) * bytes_a_frame + 700 * len(
+        todo
+    )  # a little more for the index
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the cache needs {needed / 1e9:.1f} GB more, {folder} has {free / 1e9:.1f} GB free"
+        )
+    shards = plan([frames[i] for i in todo], batch_size, SHARD_BYTES // bytes_a_frame)
+    batches = [[todo[i] for i in batch] for shard in shards for batch in shard]
+    loader = iter(
+        DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=workers)
+    )
+    numbers = (n for n in range(10**5) if f"shard-{n:05}.pt" not in index["shards"])
+    bar = tqdm(total=sum(frames[i] for i in todo), unit="frame", unit_scale=True, desc="cache")
+    for shard in shards:
+        start, offset, entries = time.perf_counter(), 0, {}
+        name = f"shard-{next(numbers):05}.pt"
+        packed = torch.empty(
+            sum(frames[todo[i]] for batch in shard for i in batch), width, dtype=dtype
+        )
+        for _ in shard:
+            wave, samples, _, rows = next(loader)
+            for hidden, i in zip(encode(wave, samples), rows.tolist(), strict=True):
+                part = packed[offset : offset + frames[i]]
+                part.copy_(hidden[: frames[i]])
+                utterance = dataset.utterances[i]
+                if not part.isfinite().all():
+                    raise ValueError(
+                        f"{utterance.name}: hidden states out of {dtype}'s range; use --dtype float32"
+                    )
+                audio = audio_state(utterance.path)
+                entries[utterance.name] = [
+                    name,
+                    offset,
+                    frames[i],
+                    checksum(utterance.name, part),
+                    audio,
+                ]
+                offset += frames[i]
+                bar.update(frames[i])
+        with atomic(Path(folder, name)) as file:
+            torch.save({"hidden": packed}, file)
+        index["shards"][name] = {
+            "bytes": os.path.getsize(Path(folder, name)),
+            "sha256": file_sha256(Path(folder, name)),
+        }
+        index["utterances"].update(entries)
+        index["seconds"] += time.perf_counter() - start
+        write_index(folder, index)
+    bar.close()
+    return index
+
+
+def is_file_of(path, size):
+    return path.exists() and os.path.getsize(path) == size
+
+
+def verify(folder, utterances):
+    """Every defect of a cache, as lines: shards against their checksum, each utterance, and its audio file."""
+    index, defects = read_index(folder), []
+    for shard, entry in index["shards"].items():
+        if (
+            not is_file_of(Path(folder, shard), entry["bytes"])
+            or file_sha256(Path(folder, shard)) != entry["sha256"]
+        ):
+            defects.append(f"{shard}: truncated, changed or missing")
+    for name in index["utterances"]:
+        try:
+            read_utterance(folder, index, name)
+        except ValueError as error:
+            defects.append(str(error))
+    for u in utterances:
+        if u.name not in index["utterances"]:
+            defects.append(f"{u.name}: not in the cache")
+        elif audio_changed(u.path, [0, 0, index["utterances"][u.name][4][2]]):
+            defects.append(f"{u.name}: its audio file has changed")
+    return defects
+
+
+def cache_fingerprint(digest, layer, dtype, audio):
+    """What a cache's contents depend on, besides the audio files."""
+    return {
+        "encoder": digest,
+        "layer": layer,
+        "dtype": dtype,
+        **audio,
+        "padding": "each utterance as if alone",
+    }
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="python cache.py --data ROOT --out DIR [--layer 9] [options]",
+        description="Fill or verify a cache of the frozen layers' outputs.",
+    )
+    parser.add_argument("--data", required=True, help="corpus folder")
+    parser.add_argument("--out", required=True, help="cache folder; what it holds already is kept")
+    parser.add_argument(
+        "--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder"
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=9,
+        help="cache the input of this transformer layer; -3: of the third last",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)"
+    )
+    parser.add_argument(
+        "--splits", nargs="+", default=["Train", "Development", "Test1"], help="what to cache"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything back and compare with its checksums"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="go on without utterances that cannot be used"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="utterances a pass; changes speed, not the numbers",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode audio")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size must be at least 1, --workers at least 0")
+    return parser, args
+
+
+def run(args):
+    import data  # the command's own needs, not the part to copy
+    from model import EmotionModel, load_encoder, weights_hash
+
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and device == "cpu":
+        raise ValueError("--device cuda: PyTorch sees no CUDA device")
+    utterances, problems = data.read_corpus(args.data)
+    if not args.verify:
+        utterances, more = data.check_audio([u for u in utterances if u.split in args.splits])
+        problems += more
+    utterances = data.select(utterances, problems, args.splits, args.skip_bad)
+    encoder, audio = load_encoder(args.model)
+    depth = encoder.config.num_hidden_layers
+    layer = args.layer + depth if args.layer < 0 else args.layer
+    if not 0 <= layer < depth:
+        raise ValueError(f"--layer {args.layer}: this encoder has layers 0 to {depth - 1}")
+    fingerprint = cache_fingerprint(weights_hash(encoder), layer, args.dtype, audio)
+    if args.verify:
+        compare(args.out, read_index(args.out), fingerprint)
+        defects = verify(args.out, utterances)
+        for defect in defects:
+            print(defect, file=sys.stderr)
+        if defects:
+            raise ValueError(
+                f"{len(defects)} defects; delete the shards named above and run cache.py without --verify"
+            )
+        print(f"{args.out}: all {len(utterances)} utterances are intact")
+        return
+    model = EmotionModel(encoder, padding="exact").to(device).eval()
+
+    @torch.no_grad()
+    def encode(wave, samples):
+        return (
+            model.prefix(wave.to(device, non_blocking=True), samples.to(device), layer)[0]
+            .float()
+            .cpu()
+        )
+
+    dataset = data.SpeechDataset(utterances, **audio)
+    frames = [model.frames(u.samples) for u in utterances]
+    width = encoder.config.hidden_size
+    with lock(args.out):
+        index = fill(
+            args.out,
+            fingerprint,
+            dataset,
+            frames,
+            width,
+            encode,
+            data.collate,
+            args.batch_size,
+            args.workers,
+        )
+    size = sum(shard["bytes"] for shard in index["shards"].values())
+    print(f"{args.out}: layer {layer} of {len(index['utterances'])} utterances, {size / 1e9:.2f} GB, "
+          f"filled in {index['seconds']:.0f} s")  # fmt: skip
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        parser.error(
+            str(error).strip().splitlines()[-1]
+        )  # a worker's error ends with the line that says what
+
+
+if __name__ == "__main__":
+    main()
