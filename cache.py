@@ -1,14 +1,16 @@
-"""A disk cache of the frozen layers' outputs (section IV-C), filled once and read by every run that freezes them.
+"""A disk cache of the frozen layers' outputs (section IV-C), filled once and read by every run that
+freezes them.
 
 Everything but `main` stands alone: copy it. As a command (which imports data.py and model.py):
 
-    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9             # for the last 3 of 12 layers, or fewer
-    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9 --verify    # read all of it back
+    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9     # for the last 3 of 12 layers
+    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9 --verify      # read all of it back
 
-A folder holds index.json and shard-00000.pt …: hidden states before transformer layer `layer`, packed without padding,
-each utterance computed as if alone, so one cache serves both paddings. An interrupted fill is continued by the same
-command. index.json: fingerprint (what the contents depend on), seconds (of filling), shards {file: {bytes, sha256}},
-utterances {name: [shard, offset, frames, checksum, audio]}, and a checksum of all that.
+A folder holds index.json and shard-00000.pt …: hidden states before transformer layer `layer`,
+packed without padding, each utterance computed as if alone, so one cache serves both paddings. An
+interrupted fill is continued by the same command. index.json: fingerprint (what the contents depend
+on), seconds (of filling), shards {file: {bytes, sha256}}, utterances {name: [shard, offset, frames,
+checksum, audio]}, and a checksum of all that.
 """
 
 import argparse
@@ -28,13 +30,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-SHARD_BYTES = 64 * 2**20  # what an interruption can lose: about 150 utterances of base's width
+SHARD_BYTES = 256 * 2**20  # what an interruption can lose: about an hour of speech
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
-    """Open a file that appears at `path` complete or not at all: temporary name, fsync, rename, fsync of the folder."""
+    """Open a file that appears at `path` complete or not at all: temporary name, fsync, rename,
+    fsync of the folder. OSError naming it where that fails, as on a full disk."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, mode) as file:
@@ -42,9 +45,15 @@ def atomic(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError | RuntimeError):  # the second: what torch.save makes of it
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"cannot write {path}: {reason}. What was finished before is kept; make room and "
+                "run the same again"
+            ) from error
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
@@ -53,13 +62,14 @@ def atomic(path, mode="wb"):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Make `folder` and hold it for this process; OSError if another process does. The kernel lets go of the lock when
-    its process ends, however it ends."""
+    """Make `folder` and hold it for this process; OSError if another process does. The kernel lets
+    go of the lock when its process ends, however it ends; its workers do not inherit it, as they
+    would from `flock`."""
     os.makedirs(folder, exist_ok=True)
     with open(Path(folder, ".lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise OSError(
                 f"{folder} is in use by another process; wait for it or give another folder"
             ) from error
@@ -74,11 +84,12 @@ def index_checksum(index):
 def write_index(folder, index):
     index["checksum"] = index_checksum(index)
     with atomic(Path(folder, "index.json"), "w") as file:
-        json.dump(index, file)
+        file.write(json.dumps(index))  # json.dump is ten times slower
 
 
 def read_index(folder):
-    """The index of a cache folder. ValueError if it is not one that `fill` wrote, to the byte of its contents."""
+    """The index of a cache folder. ValueError if it is not one that `fill` wrote, to the byte of
+    its contents."""
     path = Path(folder, "index.json")
     try:
         index = json.loads(path.read_text())
@@ -124,62 +135,70 @@ def audio_state(path):
 
 
 def audio_changed(path, state):
-    """Whether an audio file differs from its `audio_state`. Its contents are read only if size or time differ; one that
-    is gone has not changed: a cached run needs no audio."""
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return False
+    """Whether an audio file differs from its `audio_state`. Its contents are read only if size or
+    time differ."""
+    stat = os.stat(path)
     if [stat.st_size, stat.st_mtime_ns] == state[:2]:
         return False
     return zlib.crc32(Path(path).read_bytes()) != state[2]
 
 
+def refuse_changed(folder, utterances, entries):
+    """ValueError if an audio file has changed since the cache was filled from it."""
+    changed = [u.name for u in utterances if audio_changed(u.path, entries[u.name][4])]
+    if changed:
+        raise ValueError(
+            f"{len(changed)} audio files changed since the cache {folder} was filled, first "
+            f"{changed[0]}; fill a cache in another folder"
+        )
+
+
 def read_shard(path):
-    """Packed hidden states (frames, D), mapped from disk. Only tensors are unpickled. ValueError if damaged."""
+    """Packed hidden states (frames, D), mapped from disk. Only tensors are unpickled. ValueError if
+    damaged."""
     try:
-        return torch.load(path, mmap=True, weights_only=True)["hidden"]
+        return torch.load(path, mmap=True, weights_only=True)["hidden"].detach()
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
-        raise ValueError(f"{path} is damaged or missing ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is damaged or missing ({type(error).__name__}); delete it and run the same "
+            "cache.py again"
+        ) from error
 
 
 def read_utterance(folder, index, name):
-    """Hidden states (T, D) of one utterance. ValueError naming shard and utterance if they are not what was written.
+    """Hidden states (T, D) of one utterance. ValueError naming shard and utterance if they are not
+    what was written.
 
-    The shard is mapped anew each time (0.6 ms): mapped pages count as resident memory, which so stays flat.
+    The shard is mapped anew each time (0.6 ms): mapped pages count as resident memory, which so
+    stays flat.
     """
     shard, offset, frames, expected, _ = index["utterances"][name]
     try:
         hidden = read_shard(Path(folder, shard))[offset : offset + frames].clone()
-        intact = checksum(name, hidden) == expected
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        if checksum(name, hidden) != expected:
+            raise ValueError(
+                f"{Path(folder, shard)} is damaged; delete it and run the same cache.py again"
+            )
+    except Exception as error:  # as in read_shard
         raise ValueError(f"utterance {name}: {error}") from error
-    if not intact:
-        raise ValueError(
-            f"{Path(folder, shard)}: utterance {name} is damaged; delete this shard and run the same cache.py again"
-        )
     return hidden
 
 
 class CachedDataset(Dataset):
-    """Item i: hidden states (T, D) in the cache's dtype, target (2,) float32, i. `utterances` need name, path,
-    activation, valence. ValueError where one is not in the cache or its audio file has changed since."""
+    """Item i: hidden states (T, D) in the cache's dtype, target (2,) float32, i. `utterances` need
+    name, path, activation, valence; `index` is what read_index gives. ValueError where one is not
+    in the cache or its audio file has changed since."""
 
-    def __init__(self, folder, utterances):
-        self.folder, self.utterances, self.index = folder, utterances, read_index(folder)
-        entries = self.index["utterances"]
+    def __init__(self, folder, utterances, index):
+        self.folder, self.utterances, self.index = folder, utterances, index
+        entries = index["utterances"]
         lacking = [u.name for u in utterances if u.name not in entries]
         if lacking:
             raise ValueError(
-                f"the cache {folder} lacks {len(lacking)} of {len(utterances)} utterances, first {lacking[0]}; "
-                "the same cache.py as before adds them"
+                f"the cache {folder} lacks {len(lacking)} of {len(utterances)} utterances, first "
+                f"{lacking[0]}; the same cache.py as before adds them"
             )
-        changed = [u.name for u in utterances if audio_changed(u.path, entries[u.name][4])]
-        if changed:
-            raise ValueError(
-                f"{len(changed)} audio files changed since the cache {folder} was filled, first {changed[0]}; "
-                "fill a cache in another folder"
-            )
+        refuse_changed(folder, utterances, entries)
         self.lengths = [entries[u.name][2] for u in utterances]
 
     def __len__(self):
@@ -192,8 +211,9 @@ class CachedDataset(Dataset):
 
 
 def plan(frames, batch_size, frames_a_shard):
-    """Consecutive utterances to shards, each a list of batches of indices from short to long. A plan for the rest
-    after any finished shard is the rest of the plan, so a continued fill writes what an undisturbed one does."""
+    """Consecutive utterances to shards, each a list of batches of indices from short to long. A
+    plan for the rest after any finished shard is the rest of the plan, so a continued fill writes
+    what an undisturbed one does."""
     shards, total = [[]], 0
     for i, n in enumerate(frames):
         if shards[-1] and total + n > frames_a_shard:
@@ -208,85 +228,86 @@ def plan(frames, batch_size, frames_a_shard):
     return batches
 
 
-def fill(folder, fingerprint, dataset, frames, width, encode, collate_fn, batch_size=8, workers=2):
-    """Write what the cache does not hold yet; returns the index. The caller holds the folder's `lock`.
-
-    dataset : items (waveform (S,), target, i); dataset.utterances have name and path. frames : [int] their lengths.
-    encode : wave (B, S), samples (B,) -> hidden (B, T, D), as if each were alone. A shard and then the index are
-    written whole, so whenever the process ends, the cache is valid and holds all finished shards.
-    """
-    dtype = DTYPES[fingerprint["dtype"]]
-    index = {"fingerprint": fingerprint, "seconds": 0.0, "shards": {}, "utterances": {}}
-    if Path(folder, "index.json").exists():
-        index = read_index(folder)
-        compare(folder, index, fingerprint)
-        whole = {
-            s for s, entry in index["shards"].items() if is_file_of(Path(folder, s), entry["bytes"])
-        }
-        index["shards"] = {s: entry for s, entry in index["shards"].items() if s in whole}
-        index["utterances"] = {name: e for name, e in index["utterances"].items() if e[0] in whole}
-    todo = [i for i, u in enumerate(dataset.utterances) if u.name not in index["utterances"]]
-    bytes_a_frame = width * dtype.itemsize
-    needed = sum(frames[i] for i in todo) * bytes_a_frame + 700 * len(
-        todo
-    )  # a little more for the index
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"the cache needs {needed / 1e9:.1f} GB more, {folder} has {free / 1e9:.1f} GB free"
-        )
-    shards = plan([frames[i] for i in todo], batch_size, SHARD_BYTES // bytes_a_frame)
-    batches = [[todo[i] for i in batch] for shard in shards for batch in shard]
-    loader = iter(
-        DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=workers)
-    )
-    numbers = (n for n in range(10**5) if f"shard-{n:05}.pt" not in index["shards"])
-    bar = tqdm(total=sum(frames[i] for i in todo), unit="frame", unit_scale=True, desc="cache")
-    for shard in shards:
-        start, offset, entries = time.perf_counter(), 0, {}
-        name = f"shard-{next(numbers):05}.pt"
-        packed = torch.empty(
-            sum(frames[todo[i]] for batch in shard for i in batch), width, dtype=dtype
-        )
-        for _ in shard:
-            wave, samples, _, rows = next(loader)
-            for hidden, i in zip(encode(wave, samples), rows.tolist(), strict=True):
-                part = packed[offset : offset + frames[i]]
-                part.copy_(hidden[: frames[i]])
-                utterance = dataset.utterances[i]
-                if not part.isfinite().all():
-                    raise ValueError(
-                        f"{utterance.name}: hidden states out of {dtype}'s range; use --dtype float32"
-                    )
-                audio = audio_state(utterance.path)
-                entries[utterance.name] = [
-                    name,
-                    offset,
-                    frames[i],
-                    checksum(utterance.name, part),
-                    audio,
-                ]
-                offset += frames[i]
-                bar.update(frames[i])
-        with atomic(Path(folder, name)) as file:
-            torch.save({"hidden": packed}, file)
-        index["shards"][name] = {
-            "bytes": os.path.getsize(Path(folder, name)),
-            "sha256": file_sha256(Path(folder, name)),
-        }
-        index["utterances"].update(entries)
-        index["seconds"] += time.perf_counter() - start
-        write_index(folder, index)
-    bar.close()
-    return index
-
-
 def is_file_of(path, size):
     return path.exists() and os.path.getsize(path) == size
 
 
+def start_index(folder, fingerprint):
+    """The index to continue: what the folder holds in intact files, or nothing."""
+    if not Path(folder, "index.json").exists():
+        return {"fingerprint": fingerprint, "seconds": 0.0, "shards": {}, "utterances": {}}
+    index = read_index(folder)
+    compare(folder, index, fingerprint)
+    shards = index["shards"].items()
+    index["shards"] = {s: e for s, e in shards if is_file_of(Path(folder, s), e["bytes"])}
+    entries = index["utterances"].items()
+    index["utterances"] = {name: e for name, e in entries if e[0] in index["shards"]}
+    return index
+
+
+def add_shard(folder, index, shard, parts):
+    """Write {utterance: hidden states (T, D)} as one file, then the index that knows of it."""
+    path, offset = Path(folder, shard), 0
+    with atomic(path) as file:
+        torch.save({"hidden": torch.cat(list(parts.values()))}, file)
+    index["shards"][shard] = {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+    for utterance, hidden in parts.items():
+        check, audio = checksum(utterance.name, hidden), audio_state(utterance.path)
+        index["utterances"][utterance.name] = [shard, offset, len(hidden), check, audio]
+        offset += len(hidden)
+    write_index(folder, index)
+
+
+def fill(folder, fingerprint, dataset, frames, width, encode, collate_fn, batch_size=8, workers=2):
+    """Write what the cache does not hold yet; returns the index. The caller holds the folder's
+    `lock`.
+
+    dataset : items (waveform (S,), target, i); dataset.utterances have name and path.
+    frames : [int], the length of each item's hidden states.
+    encode : wave (B, S), samples (B,) -> hidden (B, T, D), as if each were alone.
+    A shard and then the index are written whole, so whenever the process ends, the cache is valid
+    and holds all finished shards.
+    """
+    dtype, index = DTYPES[fingerprint["dtype"]], start_index(folder, fingerprint)
+    held = [u for u in dataset.utterances if u.name in index["utterances"]]
+    refuse_changed(folder, held, index["utterances"])
+    todo = [i for i, u in enumerate(dataset.utterances) if u.name not in index["utterances"]]
+    total, bytes_a_frame = sum(frames[i] for i in todo), width * dtype.itemsize
+    needed = total * bytes_a_frame + 700 * len(todo)  # the second: the index
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the cache needs {needed / 1e9:.3g} GB more, {folder} has {free / 1e9:.3g} GB free; "
+            "make room, or give --out on another disk, fewer --splits or --dtype float16"
+        )
+    shards = plan([frames[i] for i in todo], batch_size, SHARD_BYTES // bytes_a_frame)
+    batches = [[todo[i] for i in batch] for shard in shards for batch in shard]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=workers)
+    loader = iter(loader)  # one for all shards: its workers read ahead
+    numbers = (n for n in range(10**5) if f"shard-{n:05}.pt" not in index["shards"])
+    with tqdm(total=total, unit="frame", unit_scale=True, desc="cache") as bar:
+        for shard in shards:
+            start, parts = time.perf_counter(), {}
+            for _ in shard:
+                wave, samples, _, rows = next(loader)
+                for hidden, i in zip(encode(wave, samples), rows.tolist(), strict=True):
+                    utterance, part = (
+                        dataset.utterances[i],
+                        hidden[: frames[i]].to(dtype, copy=True),
+                    )
+                    if not part.isfinite().all():
+                        reason = f"hidden states out of {dtype}'s range; use --dtype float32"
+                        raise ValueError(f"{utterance.name}: {reason}")
+                    parts[utterance] = part
+                    bar.update(frames[i])
+            index["seconds"] += time.perf_counter() - start
+            add_shard(folder, index, f"shard-{next(numbers):05}.pt", parts)
+    return index
+
+
 def verify(folder, utterances):
-    """Every defect of a cache, as lines: shards against their checksum, each utterance, and its audio file."""
+    """Every defect of a cache, as lines: shards against their checksum, each utterance, and its
+    audio file."""
     index, defects = read_index(folder), []
     for shard, entry in index["shards"].items():
         if (
@@ -382,11 +403,11 @@ def run(args):
     if args.verify:
         compare(args.out, read_index(args.out), fingerprint)
         defects = verify(args.out, utterances)
-        for defect in defects:
-            print(defect, file=sys.stderr)
         if defects:
+            print("\n".join(defects))
             raise ValueError(
-                f"{len(defects)} defects; delete the shards named above and run cache.py without --verify"
+                f"{args.out} has {len(defects)} defects; delete the shards named above, then the "
+                "same command without --verify fills what is missing"
             )
         print(f"{args.out}: all {len(utterances)} utterances are intact")
         return
@@ -416,8 +437,10 @@ def run(args):
             args.workers,
         )
     size = sum(shard["bytes"] for shard in index["shards"].values())
-    print(f"{args.out}: layer {layer} of {len(index['utterances'])} utterances, {size / 1e9:.2f} GB, "
-          f"filled in {index['seconds']:.0f} s")  # fmt: skip
+    print(
+        f"{args.out}: layer {layer} of {len(index['utterances'])} utterances, {size / 1e9:.2f} GB, "
+        f"filled in {index['seconds']:.0f} s"
+    )
 
 
 def main(argv=None):
@@ -428,6 +451,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; the same command continues", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        parser.error(
+            f"out of memory; finished shards are kept: --batch-size {args.batch_size // 2}"
+        )
     except (ValueError, OSError) as error:
         if args.debug:
             raise

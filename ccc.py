@@ -1,4 +1,5 @@
-"""Concordance correlation coefficient (CCC), the metric and the loss of dimensional emotion recognition (section IV-D).
+"""Concordance correlation coefficient (CCC), the metric and the loss of dimensional emotion
+recognition (section IV-D).
 
 `ccc` and `ccc_loss` stand alone: copy them. As a command, score a predictions file:
 
@@ -13,12 +14,13 @@ import torch
 
 
 def ccc(pred, target, eps=1e-8):
-    """Lin's CCC along dimension 0: 2 cov / (var(pred) + var(target) + (mean(pred) - mean(target))²).
+    """Lin's CCC along dimension 0: 2 cov / (var(pred) + var(target) + (mean(pred) -
+    mean(target))²).
 
-    pred, target : float tensors (N, ...) in the same unit. Returns (...), at least float32: half precision is
-    cast up first, so autocast around it changes nothing.
-    Our choice: population moments (1/n, Lin 1989), so that ccc(x, x) = 1, and `eps` in the denominator, so that
-    constant predictions give 0 with finite gradients instead of NaN.
+    pred, target : float tensors (N, ...) in the same unit. Returns (...), at least float32: half
+    precision is cast up first, so autocast around it changes nothing.
+    Our choice: population moments (1/n, Lin 1989), so that ccc(x, x) = 1, and `eps` in the
+    denominator, so that constant predictions give 0 with finite gradients instead of NaN.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred, target = pred.to(dtype), target.to(dtype)
@@ -30,8 +32,8 @@ def ccc(pred, target, eps=1e-8):
 
 
 def ccc_loss(pred, target):
-    """Mean over attributes of 1 - CCC: pred, target (B, A) -> scalar. The loss of a batch, not a sum over it:
-    computed on parts of the batch and averaged it is another loss."""
+    """Mean over attributes of 1 - CCC: pred, target (B, A) -> scalar. The loss of a batch, not a
+    sum over it: computed on parts of the batch and averaged it is another loss."""
     return (1 - ccc(pred, target)).mean()
 
 
@@ -52,7 +54,8 @@ def read_columns(path, *columns):
 
 
 def score(path, labels=None):
-    """(number of utterances, activation CCC, valence CCC) of a predictions file with columns FileName, Act, Val.
+    """(number of utterances, activation CCC, valence CCC) of a predictions file with columns
+    FileName, Act, Val.
 
     The labels are columns EmoAct, EmoVal on the same scale, of `labels` or else of the same file.
     """
@@ -65,6 +68,8 @@ def score(path, labels=None):
         )
     pred = torch.tensor([pred[name] for name in names], dtype=torch.float64)
     target = torch.tensor([target[name] for name in names], dtype=torch.float64)
+    if not (pred.isfinite() & target.isfinite()).all():
+        raise ValueError(f"{path}: NaN or infinity among the predictions or their labels")
     return len(names), *ccc(pred, target).tolist()
 
 

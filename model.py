@@ -1,10 +1,11 @@
-"""wav2vec 2.0 with two heads, as `suffix(prefix(x))`: freezing, LoRA, saving, and the two kinds of padding (section IV).
+"""wav2vec 2.0 with two heads, as `suffix(prefix(x))`: freezing, LoRA, saving, and the two kinds of
+padding (section IV).
 
 Everything but `main` stands alone: copy it. As a command:
 
-    python model.py predict RUN clip.wav folder/ --csv predictions.csv   # with a trained run (imports data.py)
-    python model.py export RUN OUT                                       # a folder that Hugging Face loads
-    python model.py params --model facebook/wav2vec2-base                # trainable parameters of every row of Table I
+    python model.py predict RUN clip.wav folder/ --csv predictions.csv   # imports data.py
+    python model.py export RUN OUT                                # a folder that Hugging Face loads
+    python model.py params --model facebook/wav2vec2-base         # trainable parameters of Table I
 """
 
 import argparse
@@ -33,13 +34,17 @@ class EmotionModel(nn.Module):
     """An encoder, mean pooling, dropout and one linear head an attribute (section IV-A).
 
     encoder : transformers' Wav2Vec2Model. padding : what batch-mates do to a prediction.
-      "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the mean runs over padded
+      "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the mean
+      runs over padded
                frames too (section IV-B), so a prediction depends on its batch.
-      "exact": the CNN sees each waveform alone, because its GroupNorm runs over time; padded frames are zero before
-               the positional convolution, masked in attention and left out of the mean. Batched = alone.
-    `frozen` is all that comes before the first trainable parameter, without gradient; `trained` the rest. Where they
-    meet is `cut`, set by `freeze`: a transformer layer, or None where only the CNN is frozen.
-    LayerDrop and SpecAugment are left out (our choice: neither can exist behind a cache).
+      "exact": the CNN sees each waveform alone, because its GroupNorm runs over time; padded frames
+      are zero before
+               the positional convolution, masked in attention and left out of the mean. Batched =
+               alone.
+    `frozen` is all that comes before the first trainable parameter, without gradient; `trained` the
+    rest. Where they meet is `cut`, set by `freeze`: a transformer layer, or None where only the CNN
+    is frozen. LayerDrop and SpecAugment are left out (our choice: neither can exist behind a
+    cache).
     """
 
     def __init__(self, encoder, dropout=0.2, padding="paper"):
@@ -52,8 +57,8 @@ class EmotionModel(nn.Module):
         self.cut = None
 
     def train(self, mode=True):
-        """Train mode for what is trained; frozen parts stay in eval mode, so that their output for an utterance does
-        not change (section IV-C)."""
+        """Train mode for what is trained; frozen parts stay in eval mode, so that their output for
+        an utterance does not change (section IV-C)."""
         super().train(mode)
         encoder = self.encoder.encoder
         front = (
@@ -67,7 +72,8 @@ class EmotionModel(nn.Module):
         return self
 
     def frames(self, samples):
-        """Number of frames (B,) that the convolutions make of `samples` (B,); also of plain ints."""
+        """Number of frames (B,) that the convolutions make of `samples` (B,); also of plain
+        ints."""
         for kernel, stride in zip(
             self.encoder.config.conv_kernel, self.encoder.config.conv_stride, strict=True
         ):
@@ -76,7 +82,8 @@ class EmotionModel(nn.Module):
 
     @torch.no_grad()
     def features(self, wave, samples):
-        """The CNN, frozen in every method: wave (B, S) float, samples (B,) int -> (B, T, C), frames (B,)."""
+        """The CNN, frozen in every method: wave (B, S) float, samples (B,) int -> (B, T, C), frames
+        (B,)."""
         cnn, frames = self.encoder.feature_extractor, self.frames(samples)
         if self.padding == "paper" or self.encoder.config.feat_extract_norm == "layer":
             return cnn(wave).transpose(1, 2), frames
@@ -92,7 +99,8 @@ class EmotionModel(nn.Module):
         return features, frames
 
     def embed(self, features, frames):
-        """Projection, positional convolution and LayerNorm: (B, T, C) -> hidden states before layer 0 (B, T, D)."""
+        """Projection, positional convolution and LayerNorm: (B, T, C) -> hidden states before layer
+        0 (B, T, D)."""
         encoder = self.encoder.encoder
         hidden, _ = self.encoder.feature_projection(features)
         if (
@@ -116,13 +124,14 @@ class EmotionModel(nn.Module):
         return hidden
 
     def prefix(self, wave, samples, layer):
-        """All before transformer layer `layer`: wave (B, S) float, samples (B,) -> hidden (B, T, D), frames (B,)."""
+        """All before transformer layer `layer`: wave (B, S) float, samples (B,) -> hidden (B, T,
+        D), frames (B,)."""
         features, frames = self.features(wave, samples)
         return self.run_layers(self.embed(features, frames), frames, 0, layer), frames
 
     def suffix(self, hidden, frames, layer):
-        """All from transformer layer `layer` on: hidden (B, T, D), frames (B,) -> (B, 2): activation and valence, on
-        the scale 0 to 1 (unbounded)."""
+        """All from transformer layer `layer` on: hidden (B, T, D), frames (B,) -> (B, 2):
+        activation and valence, on the scale 0 to 1 (unbounded)."""
         hidden = self.run_layers(hidden, frames, layer, None)
         if self.padding == "exact":
             hidden = hidden * self.is_frame(hidden, frames)[..., None]
@@ -134,13 +143,15 @@ class EmotionModel(nn.Module):
 
     @torch.no_grad()
     def frozen(self, wave, samples):
-        """Up to the first trainable parameter: wave (B, S), samples (B,) -> the input of `trained`."""
+        """Up to the first trainable parameter: wave (B, S), samples (B,) -> the input of
+        `trained`."""
         if self.cut is None:
             return self.features(wave, samples)
         return self.prefix(wave, samples, self.cut)
 
     def trained(self, hidden, frames):
-        """From the first trainable parameter on; a cache stores this function's input: -> (B, 2)."""
+        """From the first trainable parameter on; a cache stores this function's input: -> (B,
+        2)."""
         if self.cut is None:
             return self.suffix(self.embed(hidden, frames), frames, 0)
         return self.suffix(hidden, frames, self.cut)
@@ -150,9 +161,11 @@ class EmotionModel(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B: rank 8, alpha 16, dropout .1).
+    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B: rank 8,
+    alpha 16, dropout .1).
 
-    lora_a (rank, in) starts random, lora_b (out, rank) at zero: until the first step the output is the base's.
+    lora_a (rank, in) starts random, lora_b (out, rank) at zero: until the first step the output is
+    the base's.
     """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
@@ -178,12 +191,14 @@ class LoRALinear(nn.Module):
 
 
 def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lora_dropout=0.1):
-    """Choose what is trained, by requires_grad. The heads always are, the CNN never is (section IV-A).
+    """Choose what is trained, by requires_grad. The heads always are, the CNN never is (section
+    IV-A).
 
     method  "full": all transformer layers and what lies between CNN and layer 0;
-            "partial": the last `layers` transformer layers, and, as the paper's parameter counts say, what lies between
-            CNN and layer 0, unless `freeze_prefix`, which a cache needs as well;
-            "lora": adapters on q and v of the last `layers` layers (None: of all), everything else frozen.
+            "partial": the last `layers` transformer layers, and, as the paper's parameter counts
+            say, what lies between CNN and layer 0, unless `freeze_prefix`, which a cache needs as
+            well; "lora": adapters on q and v of the last `layers` layers (None: of all), everything
+            else frozen.
     Raises ValueError where `layers` does not fit the encoder.
     """
     encoder = model.encoder.encoder
@@ -207,12 +222,14 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
 
 
 def from_pretrained(auto, name, **options):
-    """auto.from_pretrained, with advice in one line where nothing can be loaded (OSError)."""
+    """auto.from_pretrained, never running code from the folder, with advice in one line where
+    nothing can be loaded (OSError)."""
     try:
-        return auto.from_pretrained(name, **options)
-    except OSError as error:
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # whatever a foreign or damaged folder makes of the reader
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise OSError(
-            f"cannot load {name}: {str(error).splitlines()[0]} Without network, give the folder of a downloaded "
+            f"cannot load {name}: {reason} Without network, give the folder of a downloaded "
             "checkpoint: --model FOLDER (config.json, preprocessor_config.json and the weights)"
         ) from error
 
@@ -220,13 +237,14 @@ def from_pretrained(auto, name, **options):
 def load_encoder(name):
     """Hub id or local folder -> (Wav2Vec2Model in float32, {"sample_rate": Hz, "normalise": bool}).
 
-    The checkpoint's own preprocessor settings are used. Raises ValueError for a checkpoint that lacks a weight or is of
-    an architecture that is not built yet, OSError with advice where nothing can be loaded.
+    The checkpoint's own preprocessor settings are used. Raises ValueError for a checkpoint that
+    lacks a weight or is of an architecture that is not built yet, OSError with advice where nothing
+    can be loaded.
     """
     config = from_pretrained(AutoConfig, name)
     if config.model_type != "wav2vec2" or config.do_stable_layer_norm or config.add_adapter:
         raise ValueError(
-            f"{name}: only wav2vec2 encoders of the base kind (LayerNorm after each block) are built"
+            f"{name}: only wav2vec2 of the base kind (LayerNorm after each block) is supported"
         )
     encoder, report = from_pretrained(
         AutoModel, name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
@@ -252,7 +270,8 @@ def weights_hash(encoder):
 def build(settings):
     """(EmotionModel frozen as `settings` say, audio settings, hash of the pretrained encoder).
 
-    settings : mapping with model, padding, dropout, method, layers, freeze_prefix, rank, alpha, lora_dropout.
+    settings : mapping with model, padding, dropout, method, layers, freeze_prefix, rank, alpha,
+    lora_dropout.
     """
     encoder, audio = load_encoder(settings["model"])
     digest = weights_hash(encoder)
@@ -269,7 +288,8 @@ def trainable(model):
 
 @torch.no_grad()
 def load_trainable(model, weights):
-    """Copy saved trainable weights into a model frozen the same way. Raises ValueError if the names differ."""
+    """Copy saved trainable weights into a model frozen the same way. Raises ValueError if the names
+    differ."""
     parameters = trainable(model)
     if parameters.keys() != weights.keys():
         raise ValueError("the saved weights are of another method or number of layers")
@@ -277,21 +297,28 @@ def load_trainable(model, weights):
         parameter.copy_(weights[name])
 
 
+def read_checkpoint(path, *keys):
+    """Entries of a file that train.py saved, as mapped tensors; nothing else is unpickled.
+    ValueError for other files."""
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return [saved[key] for key in keys]
+    except Exception as error:  # whatever a foreign or damaged file makes of the reader
+        raise ValueError(
+            f"{path} is not a checkpoint of this project, or damaged: {type(error).__name__}"
+        ) from error
+
+
 def load_run(run):
-    """A trained run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was trained; the
-    frozen rest comes from the same encoder as in training, or it is a ValueError."""
+    """A trained run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what
+    was trained; the frozen rest comes from the same encoder as in training, or it is a
+    ValueError."""
     path = Path(run, "best.pt")
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file; give the folder of a run that has finished an epoch"
         )
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        settings, weights, expected = saved["settings"], saved["weights"], saved["encoder"]
-    except Exception as error:  # whatever a foreign or damaged file makes of the reader
-        raise ValueError(
-            f"{path} is not a checkpoint of this project, or damaged: {type(error).__name__}"
-        ) from error
+    settings, weights, expected = read_checkpoint(path, "settings", "weights", "encoder")
     model, audio, digest = build(settings)
     if digest != expected:
         raise ValueError(f"{path} was trained from another encoder than {settings['model']} is now")
@@ -300,14 +327,16 @@ def load_run(run):
 
 
 def predict(args):
-    """FileName, Act, Val (scale 1 to 7), Act01, Val01 (scale 0 to 1) of audio files. Each is predicted alone, so
-    no prediction depends on another file."""
+    """FileName, Act, Val (scale 1 to 7), Act01, Val01 (scale 0 to 1) of audio files. Each is
+    predicted alone, so no prediction depends on another file."""
     from data import (
         AUDIO_SUFFIXES,
         load_audio,
         normalise,
     )  # the command's own need, not the part to copy
 
+    if args.csv and not Path(args.csv).absolute().parent.is_dir():
+        raise ValueError(f"--csv {args.csv}: its folder does not exist; make it first")
     files = []
     for path in map(Path, args.audio):
         found = (
@@ -341,8 +370,9 @@ def predict(args):
 
 
 def export(args):
-    """Save a run as Wav2Vec2ForSequenceClassification: our pooling and heads are its identity projector and classifier.
-    Its logits are activation and valence on the scale 0 to 1; LoRA is merged."""
+    """Save a run as Wav2Vec2ForSequenceClassification: our pooling and heads are its identity
+    projector and classifier. Its logits are activation and valence on the scale 0 to 1; LoRA is
+    merged."""
     model, audio = load_run(args.run)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} exists and is not empty; give a new folder")
@@ -371,7 +401,7 @@ def export(args):
         sampling_rate=audio["sample_rate"],
     ).save_pretrained(args.out)
     print(
-        f"{args.out}: load it with transformers.AutoModelForAudioClassification.from_pretrained({args.out!r})"
+        f"{args.out}: for transformers.AutoModelForAudioClassification.from_pretrained({args.out!r})"
     )
 
 
@@ -414,6 +444,7 @@ def main(argv=None):
     command.add_argument("--model", default="facebook/wav2vec2-base", help="hub id or local folder")
     command.set_defaults(function=params)
     for command in commands.choices.values():
+        command.usage = parser.usage  # one line
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     try:

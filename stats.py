@@ -1,7 +1,8 @@
 """Tables I and II of the paper, its tests of significance and a plot, from folders of runs.
 
 Section V: mean ± sd over seeds; a one-way ANOVA over the uncached rows; where it is significant,
-t-tests against full fp32 finetuning, Bonferroni-corrected; cached rows against the same row uncached.
+t-tests against full fp32 finetuning, Bonferroni-corrected; cached rows against the same row
+uncached.
 
     python stats.py runs                                  # Table I, with marks and costs
     python stats.py runs --verbose --plot tradeoff.png    # every p value; CCC against training time

@@ -1,18 +1,21 @@
-"""Finetune wav2vec 2.0 to predict activation and valence: one run is one row and one seed of the paper's Table I.
+"""Finetune wav2vec 2.0 to predict activation and valence: one run is one row and one seed of the
+paper's Table I.
 
-    python train.py --demo                                                  # everything once, on synthetic speech
-    python train.py --data MSP-Podcast --out runs/full --method full --precision fp32        # the paper's baseline
-    python train.py --data MSP-Podcast --out runs/partial3                  # recommended: last 3 layers, mixed precision
-    python train.py --data MSP-Podcast --out runs/cached3 --cache cache/layer9               # the same from a cache
-    python train.py --data MSP-Podcast --out runs/exact --method full --padding exact --chunk 4 --recompute
+    python train.py --demo                                     # everything once, on synthetic speech
+    python train.py --data MSP-Podcast --out runs/partial3     # last 3 layers, mixed precision
+    python train.py --data MSP-Podcast --out runs/cached3 --cache cache/layer9    # from a cache
+    python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
+    python train.py --data MSP-Podcast --out runs/exact --padding exact --chunk 4 --recompute
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (to resume), best.pt (the best epoch by
-Development), predictions-Test1.csv and result.json. The same command with --resume continues after the last epoch.
+A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (to resume), best.pt (the
+best epoch by Development), predictions-Test1.csv and result.json. The same command with --resume
+continues after the last epoch.
 """
 
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,27 +40,21 @@ from ccc import ccc, ccc_loss
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_DEFAULTS = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
-NOT_THE_RUN = {
-    "data",
-    "out",
-    "cache",
-    "device",
-    "workers",
-    "skip_bad",
-    "resume",
-    "debug",
-    "demo",
-}  # may differ to resume
+# may differ to resume; corpus and encoder are compared by their contents
+NOT_THE_RUN = {"data", "model", "out", "cache", "device", "workers", "skip_bad", "resume", "debug"}
+NOT_THE_RUN |= {"demo"}
 
 
 def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=False):
-    """Predictions (B, 2) of one batch: inputs (B, S) or, cached, (B, T, D), and lengths (B,), both on the CPU.
+    """Predictions (B, 2) of one batch: inputs (B, S) or, cached, (B, T, D), and lengths (B,), both
+    on the CPU.
 
-    The batch goes through the model `chunk` utterances at a time, from short to long, each chunk padded to its own
-    longest only. The CCC is not a sum over utterances, so a batch must not be split for the loss: all predictions come
-    back together, for one loss and one backward. In "exact" padding they are those of the whole batch.
-    With `recompute` a chunk's activations are dropped and computed again in the backward pass, dropout included: peak
-    memory is that of one chunk. What comes before the first trainable parameter is not computed twice.
+    The batch goes through the model `chunk` utterances at a time, from short to long, each chunk
+    padded to its own longest only. The CCC is not a sum over utterances, so a batch must not be
+    split for the loss: all predictions come back together, for one loss and one backward. In
+    "exact" padding they are those of the whole batch. With `recompute` a chunk's activations are
+    dropped and computed again in the backward pass, dropout included: peak memory is that of one
+    chunk. What comes before the first trainable parameter is not computed twice.
     """
     order = lengths.argsort()
     inputs = inputs.to(device, non_blocking=True)
@@ -74,8 +71,8 @@ def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=
 
 
 def make_loader(dataset, lengths, args, epoch=None):
-    """Batches of one epoch: shuffled by seed and epoch for training; without `epoch`, for evaluation, in corpus order
-    or, where padding changes nothing, from short to long."""
+    """Batches of one epoch: shuffled by seed and epoch for training; without `epoch`, for
+    evaluation, in corpus order or, where padding changes nothing, from short to long."""
     if epoch is not None:
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -105,7 +102,8 @@ def autocast(args):
 
 
 def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
-    """One pass over Train -> (mean loss of its steps, seconds of speech). `seconds`: in one unit of length."""
+    """One pass over Train -> (mean loss of its steps, seconds of speech). `seconds`: in one unit of
+    length."""
     model.train()
     losses, spoken = [], 0.0
     with tqdm(unit="speech-s", unit_scale=True, desc=title, leave=False) as bar:
@@ -120,12 +118,13 @@ def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
             if not loss.isfinite():
                 names = " ".join(loader.dataset.utterances[i].name for i in rows)
                 raise ValueError(
-                    f"{title}, step {len(losses) + 1}: the loss is {loss.item()}; its batch: {names}"
+                    f"{title}, step {len(losses) + 1}: the loss is {loss.item()}; try a smaller "
+                    f"--lr or --precision fp32, or look at the utterances of this batch: {names}"
                 )
-            optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+            optimizer.zero_grad()  # here, so that the next forward pass does not share memory with gradients
             losses.append(loss.item())
             spoken += lengths.sum().item() * seconds
             bar.update(spoken - bar.n)
@@ -135,7 +134,8 @@ def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
 
 @torch.no_grad()
 def evaluate(model, loader, args):
-    """Predictions (N, 2) float32 of a whole split, in corpus order; and {attribute: CCC} over it."""
+    """Predictions (N, 2) float32 of a whole split, in corpus order; and {attribute: CCC} over
+    it."""
     model.eval()
     utterances = loader.dataset.utterances
     predictions = torch.empty(len(utterances), 2)
@@ -172,6 +172,13 @@ def write_json(path, content):
         json.dump(content, file, indent=1)
 
 
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); give another --out") from error
+
+
 def write_predictions(path, utterances, predictions):
     """FileName, Act, Val, EmoAct, EmoVal, all on the scale 1 to 7."""
     with cache.atomic(path, "w") as file:
@@ -184,8 +191,8 @@ def write_predictions(path, utterances, predictions):
 
 
 def read_splits(args):
-    """{split: [Utterance]} of Train, Development and the test split. What cannot be trained on is refused here, before
-    anything is computed; a cached run reads no audio, so none is inspected."""
+    """{split: [Utterance]} of Train, Development and the test split. What cannot be trained on is
+    refused here, before anything is computed; a cached run reads no audio, so none is inspected."""
     utterances, problems = data.read_corpus(args.data)
     utterances = [u for u in utterances if u.split in args.splits]
     if not args.cached:
@@ -196,8 +203,8 @@ def read_splits(args):
 
 
 def make_datasets(args, splits, model, audio, encoder):
-    """({split: (dataset, lengths in samples or, from a cache, in frames)}, seconds of speech in one such unit). With a
-    cache, `model.cut` moves to its layer."""
+    """({split: (dataset, lengths in samples or, from a cache, in frames)}, seconds of speech in one
+    such unit). With a cache, `model.cut` moves to its layer."""
     seconds = 1 / audio["sample_rate"]
     if not args.cached:
         datasets = {s: data.SpeechDataset(part, **audio) for s, part in splits.items()}
@@ -205,24 +212,24 @@ def make_datasets(args, splits, model, audio, encoder):
             s: (dataset, [u.samples for u in dataset.utterances]) for s, dataset in datasets.items()
         }, seconds
     index = cache.read_index(args.cache)
-    cache.compare(args.cache, index, {"encoder": encoder, **audio})
-    layer = index["fingerprint"]["layer"]
+    layer, dtype = index["fingerprint"]["layer"], index["fingerprint"]["dtype"]
+    cache.compare(args.cache, index, cache.cache_fingerprint(encoder, layer, dtype, audio))
     if layer > model.cut:
         raise ValueError(
-            f"{args.cache} starts at layer {layer}, but this run trains from layer {model.cut} on"
+            f"{args.cache} starts at layer {layer}, but this run trains from layer {model.cut} on; "
+            f"fill a cache with --layer {model.cut}, or train fewer --layers"
         )
     model.cut = layer  # layers between the cache and the first trained one run frozen
-    datasets = {s: cache.CachedDataset(args.cache, part) for s, part in splits.items()}
+    datasets = {s: cache.CachedDataset(args.cache, part, index) for s, part in splits.items()}
     seconds *= math.prod(model.encoder.config.conv_stride)
     return {s: (dataset, dataset.lengths) for s, dataset in datasets.items()}, seconds
 
 
-def describe(args, model, splits, encoder):
+def describe(args, model, splits, encoder, index):
     """The part of result.json that is known before training."""
     rows = sorted(
         (u.name, u.activation, u.valence, u.split) for part in splits.values() for u in part
     )
-    index = cache.read_index(args.cache) if args.cached else None
     keys = (
         "method",
         "precision",
@@ -263,8 +270,9 @@ def versions():
     }
 
 
-def check_config(args):
-    """Refuse to mix runs: --resume continues a run only with the arguments it was started with."""
+def check_config(args, inputs):
+    """Refuse to mix runs: --resume continues a run only with the arguments it was started with, and
+    then with the `inputs`, hashes of corpus and encoder."""
     path = Path(args.out, "config.json")
     if not path.exists():
         return
@@ -272,12 +280,8 @@ def check_config(args):
         raise ValueError(
             f"{args.out} holds a run already; --resume continues it, or give another --out"
         )
-    before = json.loads(path.read_text())
-    differing = [
-        key
-        for key in vars(args)
-        if key not in NOT_THE_RUN and before.get(key) != getattr(args, key)
-    ]
+    before, now = read_json(path), vars(args) | inputs
+    differing = [key for key in now if key not in NOT_THE_RUN and before.get(key) != now[key]]
     if differing:
         what = ", ".join(f"{key} {before.get(key)}" for key in differing)
         raise ValueError(
@@ -286,7 +290,8 @@ def check_config(args):
 
 
 def save_epoch(args, history, model, optimizer, scaler):
-    """last.pt, all that the next epoch depends on, and then metrics.jsonl, which repeats its history."""
+    """metrics.jsonl, and then last.pt, which repeats it and holds all else that the next epoch
+    depends on."""
     generators = {"cpu": torch.get_rng_state()}
     if args.device == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state()
@@ -295,11 +300,11 @@ def save_epoch(args, history, model, optimizer, scaler):
         "scaler": scaler.state_dict(),
         "generators": generators,
     }
+    with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in history)
     save(
         Path(args.out, "last.pt"), {"history": history, "weights": models.trainable(model), **parts}
     )
-    with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in history)
 
 
 def load_epoch(args, model, optimizer, scaler):
@@ -307,6 +312,7 @@ def load_epoch(args, model, optimizer, scaler):
     path = Path(args.out, "last.pt")
     if not path.exists():
         return []
+    models.read_checkpoint(Path(args.out, "best.pt"), "weights")  # needed at the end: refuse now
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         models.load_trainable(model, saved["weights"])
@@ -323,15 +329,17 @@ def load_epoch(args, model, optimizer, scaler):
 
 
 def score(epoch):
-    """By what the best epoch is chosen: mean CCC over the whole of Development (our choice of mean)."""
+    """By what the best epoch is chosen: mean CCC over the whole of Development (our choice of
+    mean)."""
     return sum(epoch["dev"].values()) / len(epoch["dev"])
 
 
 def run(args):
     """One row and seed of Table I, from corpus to result.json (section IV-D)."""
-    if args.resume and Path(args.out, "result.json").exists():
+    finished = Path(args.out, "result.json")
+    if args.resume and finished.exists() and not read_json(finished).get("out_of_memory"):
         return print(f"{args.out} is finished")
-    check_config(args)
+    check_config(args, {})
     splits = read_splits(args)
     torch.manual_seed(args.seed)
     settings = {
@@ -341,8 +349,12 @@ def run(args):
     settings["freeze_prefix"] = args.freeze_prefix or args.cached
     model, audio, encoder = models.build(settings)
     datasets, seconds = make_datasets(args, splits, model, audio, encoder)
-    result = describe(args, model, splits, encoder)
-    write_json(Path(args.out, "config.json"), {**vars(args), "versions": result["versions"]})
+    index = datasets[args.splits[0]][0].index if args.cached else None
+    result = describe(args, model, splits, encoder, index)
+    inputs = {key: result[key] for key in ("corpus", "encoder")}
+    check_config(args, inputs)
+    config = {**vars(args), **inputs, "versions": result["versions"]}
+    write_json(Path(args.out, "config.json"), config)
     print(
         f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters are trained"
     )
@@ -358,7 +370,7 @@ def run(args):
         smaller = max(1, (args.chunk or 8) // 2)
         raise ValueError(
             f"out of memory, recorded in {args.out}/result.json. The same batch in less memory: "
-            f"--chunk {smaller} --recompute, with another --out"
+            f"--chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
         ) from error
 
 
@@ -395,13 +407,13 @@ def fit(args, model, settings, datasets, seconds, result):
             save(Path(args.out, "best.pt"), best)
         save_epoch(args, history, model, optimizer, scaler)
         print(
-            f"{title}  loss {loss:.4f}  Development activation {dev['activation']:.4f} valence {dev['valence']:.4f}  "
-            f"{middle - start:.1f} s, {spoken / (middle - start):.0f} speech-seconds per second"
+            f"{title}  loss {loss:.4f}  Development activation {dev['activation']:.4f} "
+            f"valence {dev['valence']:.4f}  {middle - start:.1f} s, "
+            f"{spoken / (middle - start):.0f} speech-seconds per second"
         )
 
     best = max(history, key=score)
-    saved = torch.load(Path(args.out, "best.pt"), map_location="cpu", mmap=True, weights_only=True)
-    models.load_trainable(model, saved["weights"])
+    models.load_trainable(model, *models.read_checkpoint(Path(args.out, "best.pt"), "weights"))
     start = time.perf_counter()
     predictions, test = evaluate(model, make_loader(*datasets[test_split], args), args)
     utterances = datasets[test_split][0].utterances
@@ -417,34 +429,33 @@ def fit(args, model, settings, datasets, seconds, result):
     }
     write_json(Path(args.out, "result.json"), result)
     print(
-        f"{test_split} with epoch {best['epoch']}: activation {test['activation']:.4f} valence {test['valence']:.4f}  "
-        f"({len(utterances)} utterances; {args.out}/result.json)"
+        f"{test_split} with epoch {best['epoch']}: activation {test['activation']:.4f} "
+        f"valence {test['valence']:.4f}  ({len(utterances)} utterances; {args.out}/result.json)"
     )
 
 
 def demo(folder):
-    """The recommended run on a synthetic corpus and a tiny random encoder, through the same commands as a real one."""
+    """The recommended run on a synthetic corpus and a tiny random encoder, through the same
+    commands as a real one."""
     corpus, encoder, cached, out = (
         str(Path(folder, name)) for name in ("corpus", "encoder", "cache", "run")
     )
     times = [time.perf_counter()]
-    if not Path(encoder, "config.json").exists():
+    if not Path(encoder, "preprocessor_config.json").exists():  # written last
         data.write_demo(corpus)
         data.write_encoder(encoder)
     times.append(time.perf_counter())
     cache.main(["--data", corpus, "--model", encoder, "--layer", "1", "--out", cached])
     times.append(time.perf_counter())
     arguments = ["--data", corpus, "--model", encoder, "--cache", cached, "--out", out]
-    main([*arguments, "--epochs", "15", "--lr", "2e-3", "--resume"])
+    main([*arguments, "--epochs", "10", "--lr", "2e-3", "--resume"])
     times.append(time.perf_counter())
     test = json.loads(Path(out, "result.json").read_text())["test"]
-    written, filled, trained = (
-        after - before for before, after in zip(times, times[1:], strict=False)
-    )
+    written, filled, trained = (after - before for before, after in itertools.pairwise(times))
     print(
-        f"demo: Test1 CCC activation {test['activation']:.3f}, valence {test['valence']:.3f} on unseen speakers "
-        f"(corpus {written:.0f} s, cache {filled:.0f} s, training {trained:.0f} s). Next: python train.py --data "
-        "MSP-Podcast --out runs/partial3"
+        f"demo: Test1 CCC activation {test['activation']:.3f}, valence {test['valence']:.3f} on "
+        f"unseen speakers (corpus {written:.0f} s, cache {filled:.0f} s, training {trained:.0f} s). "
+        "Next: python train.py --data MSP-Podcast --out runs/partial3"
     )
 
 
@@ -525,20 +536,22 @@ def parse_args(argv):
 
 
 def resolve(parser, args):
-    """Fill in the defaults that depend on other arguments; refuse combinations that make no sense."""
+    """Fill in the defaults that depend on other arguments; refuse combinations that make no
+    sense."""
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         parser.error("--device cuda: PyTorch sees no CUDA device")
     args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "bf16")
     args.cached = args.cache is not None
+    args.out = args.out or ("demo" if args.demo else None)
     if not args.demo and not (args.data and args.out):
         parser.error("--data and --out are required (or --demo)")
     if len(set(args.splits)) < 3:
         parser.error("--splits: three different splits")
     if args.method == "full" and (args.layers or args.freeze_prefix or args.cached):
         parser.error(
-            "--method full trains all layers: --layers, --freeze-prefix and --cache need partial or lora"
+            "--method full trains all layers: --layers, --freeze-prefix and --cache do not go with it"
         )
     if args.freeze_prefix and (args.method == "lora" or args.cached):
         parser.error("--freeze-prefix: lora and --cache freeze the prefix anyway")
@@ -561,6 +574,8 @@ def resolve(parser, args):
     for key, bound in least.items():
         if getattr(args, key) is not None and getattr(args, key) < bound:
             parser.error(f"--{key.replace('_', '-')} must be at least {bound}")
+    if args.seed >= 2**32:
+        parser.error("--seed must be below 2**32")
     if not 0 < args.lr < 1 or not 0 <= args.dropout < 1 or not 0 <= (args.lora_dropout or 0) < 1:
         parser.error("--lr must be in (0, 1), --dropout and --lora-dropout in [0, 1)")
     if Path(args.model).is_dir():
@@ -569,10 +584,10 @@ def resolve(parser, args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    if args.demo:
-        return demo(args.out or "demo")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if args.demo:
+            return demo(args.out)
         with cache.lock(args.out):
             run(args)
     except KeyboardInterrupt:

@@ -1,6 +1,145 @@
-"""Puts the scripts on the path, whichever folder pytest is started in."""
+"""Puts the scripts on the path, whichever folder pytest is started in; a tiny corpus, a tiny random
+encoder, helpers."""
 
+import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import cache
+import data
+import train
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+DEPTH, WIDTH = 4, 32  # of the tiny encoder
+
+
+def tiny_config(**changes):
+    """A wav2vec 2.0 of the base kind at toy size. Large random weights, so that every part shows in
+    the output."""
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 64, "conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16}
+    shape |= {"num_conv_pos_embedding_groups": 4, "initializer_range": 0.2}
+    return Wav2Vec2Config(**shape | {"feat_proj_dropout": 0.1} | changes)
+
+
+def tiny_encoder(**changes):
+    torch.manual_seed(1)
+    return Wav2Vec2Model(tiny_config(**changes)).eval()
+
+
+def relative(actual, expected):
+    """Largest difference in units of the largest entry, of two tensors or over all of two {name:
+    tensor}."""
+    if isinstance(expected, torch.Tensor):
+        actual, expected = {"": actual}, {"": expected}
+    assert actual.keys() == expected.keys()
+    difference = max((actual[name] - expected[name]).abs().max() for name in expected)
+    return (difference / max(tensor.abs().max() for tensor in expected.values())).item()
+
+
+def step(model, batch, seed=0, **how):
+    """Predictions, loss and gradients of one training step as {name: tensor}. `how` goes to
+    train.predict."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    predictions = train.predict(model, *batch[:2], "cpu", **how)
+    loss = train.ccc_loss(predictions, batch[2])
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"predictions": predictions.detach(), "loss": loss.detach(), **gradients}
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """7 speakers with 4 utterances each, 28 different lengths from 0.2 to 0.9 s: Train 12,
+    Development 8, Test1 8."""
+    root = tmp_path_factory.mktemp("corpus")
+    data.write_demo(root, speakers=(("Train", 3, 4), ("Development", 2, 4), ("Test1", 2, 4)))
+    for i, path in enumerate(sorted(root.glob("Audios/*.wav"))):
+        wave, rate = soundfile.read(path)
+        soundfile.write(path, np.resize(wave, 3500 + 397 * (13 * i % 28)), rate)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """Folder of the tiny encoder in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny_encoder().save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def fill(corpus, encoder):
+    """fill(folder, *options): cache.py on the tiny corpus."""
+
+    def run(folder, *options):
+        paths = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 0]
+        cache.main([str(argument) for argument in [*paths, *options]])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cached(fill, tmp_path_factory):
+    """cached(layer, dtype) -> a cache folder, filled at the first call."""
+    folders = {}
+
+    def get(*key):
+        if key not in folders:
+            folders[key] = str(tmp_path_factory.mktemp("cache"))
+            fill(folders[key], "--layer", key[0], "--dtype", (*key, "float32")[1])
+        return folders[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def launch(corpus, encoder):
+    """launch(folder, *options): train.py on the tiny corpus, one epoch of three batches unless the
+    options say more."""
+
+    def run(folder, *options):
+        arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--epochs", 1]
+        arguments += ["--batch-size", 4, "--workers", 0, "--device", "cpu", "--precision", "fp32"]
+        train.main([str(argument) for argument in [*arguments, *options]])
+
+    return run
+
+
+@pytest.fixture
+def prepare(launch, tmp_path_factory, monkeypatch):
+    """prepare(*options) -> model, datasets and first batch as train.py has made them when its first
+    epoch begins."""
+    made = []
+
+    def instead_of_fit(args, model, settings, datasets, *_):
+        batch = next(iter(train.make_loader(*datasets["Train"], args, epoch=1)))
+        made.append(SimpleNamespace(args=args, model=model, datasets=datasets, batch=batch))
+        made[-1].generator = torch.get_rng_state()
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):  # zero would keep any gradient from lora_a
+                torch.nn.init.normal_(parameter, std=0.1)
+
+    def run(*options):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "fit", instead_of_fit)
+            launch(tmp_path_factory.mktemp("run"), "--padding", "exact", *options)
+        return made[-1]
+
+    return run

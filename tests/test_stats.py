@@ -193,7 +193,8 @@ def test_without_spread_nothing_is_nan(tmp_path, capsys):
 
 
 def test_out_of_memory_runs(tmp_path, capsys):
-    """They are in Table II and not in the means; a row of nothing else says so; no baseline, no †."""
+    """They are in Table II and not in the means; a row of nothing else says so; no baseline, no
+    †."""
     write_row(tmp_path, (0.6, 0.01), method="partial", layers=3)
     write_row(tmp_path, (0.1, 0.01), method="partial", layers=1)
     for seed in range(2):
@@ -229,7 +230,8 @@ def test_out_of_memory_runs(tmp_path, capsys):
     ],
 )
 def test_refuses_what_does_not_compare(tmp_path, capsys, changes, reason):
-    """One run that does not belong with the others is named with the reason; no table is printed."""
+    """One run that does not belong with the others is named with the reason; no table is
+    printed."""
     write_row(tmp_path, (0.6, 0.01))
     write_run(tmp_path, **{"seed": 7} | changes)
     if reason.startswith("more"):
@@ -238,7 +240,8 @@ def test_refuses_what_does_not_compare(tmp_path, capsys, changes, reason):
 
 
 def test_refuses_what_is_not_a_finished_run(tmp_path, capsys):
-    """No folder, no run, invalid JSON, a missing key, no result.json, unequal seeds for --paired."""
+    """No folder, no run, invalid JSON, a missing key, no result.json, unequal seeds for
+    --paired."""
     assert "no such folder" in refusal(capsys, tmp_path / "none")
     assert "no runs" in refusal(capsys, tmp_path)
     write_row(tmp_path, (0.6, 0.01))

@@ -1,0 +1,261 @@
+"""The loop: exact batches in any memory, every row of Table I end to end, resuming to the bit."""
+
+import json
+
+import pytest
+import torch
+from conftest import DEPTH, read_csv, relative, step
+
+import ccc
+import model as models
+import train
+
+ROWS = {
+    "full": ["--method", "full"],
+    "partial": ["--layers", 2],
+    "frozen": ["--layers", 2, "--freeze-prefix"],
+    "lora": ["--method", "lora"],
+    "partial cached": ["--layers", 2],
+    "lora cached": ["--method", "lora", "--layers", 2],
+}
+CACHED_LAYER = {"partial cached": 1, "lora cached": 2}  # of 4: before and at the first trained one
+FILES = "config.json metrics.jsonl last.pt best.pt predictions-Test1.csv result.json"
+RESULT = """method layers precision padding cached freeze_prefix chunk recompute seed best_epoch dev
+test train_seconds
+    eval_seconds trainable_parameters total_parameters peak_memory_bytes device model versions"""
+LINE = "epoch loss dev train_seconds eval_seconds peak_memory_bytes"
+every_row = pytest.mark.parametrize("name", ROWS)
+every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+
+
+@pytest.fixture
+def row(cached):
+    """row(name) -> options of train.py for that row."""
+
+    def options(name):
+        if name not in CACHED_LAYER:
+            return ROWS[name]
+        return [*ROWS[name], "--cache", cached(CACHED_LAYER[name])]
+
+    return options
+
+
+@every_row
+def test_chunks_are_the_whole_batch(name, row, prepare):
+    """In exact padding, dropout off, any chunk size gives the whole batch's predictions, loss and
+    gradients; the whole batch's predictions are the model's, row by row."""
+    made = prepare(*row(name), "--batch-size", 7)
+    model, cached = made.model.eval(), made.args.cached
+    whole = step(model, made.batch, cached=cached)
+    direct = (model.trained if cached else model)(*made.batch[:2])
+    assert len(set(made.batch[1].tolist())) == 7  # ragged
+    assert relative(whole["predictions"], direct.detach()) < 1e-6
+    for chunk in (1, 3, 6, 100):
+        assert relative(step(model, made.batch, cached=cached, chunk=chunk), whole) < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["paper", "exact"])
+@every_row
+def test_recompute_changes_nothing(name, padding, row, prepare):
+    """Dropout on, recomputed activations give the same predictions, loss and gradients to the last
+    bit."""
+    made = prepare(*row(name), "--padding", padding, "--batch-size", 7)
+    model = made.model.train()
+    for chunk in (None, 3):
+        how = {"cached": made.args.cached, "chunk": chunk}
+        plain, recomputed = (step(model, made.batch, **how, recompute=r) for r in (False, True))
+        assert not torch.equal(step(model, made.batch, 1, **how)["loss"], plain["loss"])  # dropout
+        assert plain.keys() == recomputed.keys()
+        assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
+
+
+def test_recompute_keeps_nothing(prepare):
+    """With --recompute a forward pass keeps less than a hundredth of the bytes for the backward
+    pass."""
+    made, kept = prepare("--method", "full"), {}
+    for recompute in (False, True):
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(tensors.append, id):
+            train.predict(made.model, *made.batch[:2], "cpu", recompute=recompute)
+        kept[recompute] = sum(tensor.nbytes for tensor in tensors)
+    assert 0 < kept[True] < kept[False] / 100
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "partial cached"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_evaluation_order(name, chunk, row, prepare):
+    """Read in order of length, in chunks, each utterance gets the prediction that it gets alone, at
+    its own place."""
+    made = prepare(*row(name), "--chunk", chunk, "--batch-size", 5)
+    dataset, lengths = made.datasets["Test1"]
+    loader = train.make_loader(dataset, lengths, made.args)
+    order = [row for batch in loader.batch_sampler for row in batch]
+    assert order == sorted(range(8), key=lengths.__getitem__) != list(range(8))
+    predictions, scores = train.evaluate(made.model, loader, made.args)
+    alone = [
+        train.predict(made.model, x[None], torch.tensor([len(x)]), "cpu", made.args.cached)
+        for x, _, _ in dataset
+    ]
+    targets = torch.tensor([[u.activation, u.valence] for u in dataset.utterances])
+    assert relative(predictions, torch.cat(alone)) < 1e-5
+    assert list(scores.values()) == pytest.approx(ccc.ccc(predictions, targets).tolist())
+
+
+def test_training_order(prepare):
+    """An epoch's order depends on seed and epoch alone, holds each utterance once, and has no batch
+    of one."""
+    made = prepare()
+
+    def order(epoch, seed=0, batch_size=4):
+        made.args.seed, made.args.batch_size = seed, batch_size
+        return list(train.make_loader(*made.datasets["Train"], made.args, epoch).batch_sampler)
+
+    assert order(1) == order(1)
+    assert len({str(order(epoch, seed)) for epoch in (1, 2, 3) for seed in (0, 1)}) == 6
+    assert sorted(row for batch in order(1) for row in batch) == list(range(12))
+    assert [len(batch) for batch in order(1, batch_size=11)] == [11]
+
+
+def test_an_epoch(launch, prepare, tmp_path):
+    """An epoch is this loop, to the bit: in train mode, a step of AdamW at 1e-4 on 1 - CCC for each
+    batch."""
+    launch(tmp_path, "--padding", "exact")
+    made = prepare()
+    trained = models.trainable(made.model.train())
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
+    torch.set_rng_state(made.generator)
+    for inputs, lengths, targets, _ in train.make_loader(*made.datasets["Train"], made.args, 1):
+        optimizer.zero_grad()
+        predictions = train.predict(made.model, inputs, lengths, "cpu")
+        (1 - ccc.ccc(predictions, targets)).mean().backward()
+        optimizer.step()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in trained.items())
+
+
+def check_run(folder):
+    """A run folder has every file and key; result.json and the predictions agree by ccc.py. ->
+    result.json"""
+    assert {path.name for path in folder.iterdir()} - {".lock"} == set(FILES.split())
+    result, config = (json.loads((folder / f"{f}.json").read_text()) for f in ("result", "config"))
+    (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert result.keys() >= set(RESULT.split()) and line.keys() >= set(LINE.split())
+    assert line["dev"] == result["dev"] and line["epoch"] == result["best_epoch"] == 1
+    for key in ("method", "precision", "seed", "cached", "chunk", "versions"):
+        assert config[key] == result[key]
+    saved = torch.load(folder / "best.pt", weights_only=True)["weights"]
+    assert result["trainable_parameters"] == sum(weight.numel() for weight in saved.values())
+    scored, test = ccc.score(folder / "predictions-Test1.csv"), result["test"]
+    assert scored == pytest.approx((test["n"], test["activation"], test["valence"]), abs=1e-5)
+    return result
+
+
+@every_precision
+@every_row
+def test_every_row(name, precision, row, launch, tmp_path):
+    """Every row of Table I trains in every precision and writes its whole run folder, consistent in
+    itself."""
+    launch(tmp_path, *row(name), "--precision", precision, "--seed", 3)
+    result = check_run(tmp_path)
+    assert (result["precision"], result["seed"], result["test"]["n"]) == (precision, 3, 8)
+    assert result["method"] == name.replace("frozen", "partial").split()[0]
+    assert result["layers"] == (DEPTH if name in ("full", "lora") else 2)
+    assert (result["cached"], result["freeze_prefix"]) == ("cached" in name, name == "frozen")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@every_precision
+@every_row
+def test_every_row_on_a_gpu(name, precision, row, launch, tmp_path):
+    """Every row trains on a GPU in chunks with recomputation and writes its whole run folder."""
+    exact = ["--padding", "exact", "--chunk", 2, "--recompute"]
+    launch(tmp_path, *row(name), "--precision", precision, "--device", "cuda", *exact)
+    assert check_run(tmp_path)["device"] == torch.cuda.get_device_name()
+
+
+def test_predictions_file(corpus, launch, tmp_path):
+    """predictions-Test1.csv holds the test split in corpus order with its labels, on the scale 1 to
+    7."""
+    launch(tmp_path, "--padding", "exact")
+    labels = [
+        u for u in read_csv(f"{corpus}/Labels/labels_consensus.csv") if u["Split_Set"] == "Test1"
+    ]
+    rows = read_csv(tmp_path / "predictions-Test1.csv")
+    assert list(rows[0]) == ["FileName", "Act", "Val", "EmoAct", "EmoVal"]
+    assert [row["FileName"] for row in rows] == [label["FileName"] for label in labels]
+    for key in ("EmoAct", "EmoVal"):
+        expected = [float(label[key]) for label in labels]
+        assert [float(row[key]) for row in rows] == pytest.approx(expected, abs=1e-5)
+
+
+def test_best_epoch(launch, tmp_path, monkeypatch):
+    """Test1 is scored once, with the weights of the epoch whose mean Development CCC is highest,
+    the first of equals; neither one attribute nor the last epoch decides."""
+    scripted = iter([(0.6, 0.1), (0.2, 0.6), (0.3, 0.5), (0.7, 0.0)])
+    calls, evaluate = [], train.evaluate
+
+    def with_script(model, *args):
+        predictions, scores = evaluate(model, *args)
+        calls.append({name: p.detach().clone() for name, p in models.trainable(model).items()})
+        return predictions, dict(zip(scores, next(scripted, scores.values()), strict=True))
+
+    monkeypatch.setattr(train, "evaluate", with_script)
+    launch(tmp_path, "--epochs", 4, "--lr", 0.01)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["best_epoch"], result["dev"]) == (2, {"activation": 0.2, "valence": 0.6})
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)["weights"]
+    assert len(calls) == 5 and saved.keys() == calls[1].keys()
+    for name, weight in calls[1].items():
+        assert torch.equal(saved[name], weight) and torch.equal(calls[4][name], weight)
+    assert not torch.equal(calls[3]["activation.weight"], calls[1]["activation.weight"])
+
+
+def flat(value, path=""):
+    """{path: leaf} of nested dictionaries and lists, times and memory left out."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    items = [(k, v) for k, v in items if not str(k).endswith(("seconds", "peak_memory_bytes"))]
+    return {p: leaf for key, v in items for p, leaf in flat(v, f"{path}/{key}").items()}
+
+
+def contents(path):
+    if path.suffix == ".pt":
+        return flat(torch.load(path, weights_only=True))
+    if path.suffix == ".json":
+        return flat(json.loads(path.read_text()))
+    lines = path.read_text().splitlines()
+    return flat([json.loads(line) if path.suffix == ".jsonl" else line for line in lines])
+
+
+@pytest.mark.parametrize("where", ["evaluate", "save_epoch"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["partial", "lora cached"])
+def test_resume(name, precision, where, row, launch, tmp_path, monkeypatch):
+    """A run interrupted in its second epoch, before or after best.pt is written, and resumed ends
+    bitwise as the uninterrupted one, optimizer, scaler and generator included; only times
+    differ."""
+    options = [*row(name), "--precision", precision, "--epochs", 3, "--lr", 0.01]
+    launch(tmp_path / "whole", *options)
+    calls, function = [], getattr(train, where)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, interrupted)
+        with pytest.raises(SystemExit) as exit:
+            launch(tmp_path / "parts", *options)
+    assert exit.value.code == 130 and not (tmp_path / "parts" / "result.json").exists()
+    launch(tmp_path / "parts", *options, "--resume")
+    for file in FILES.split()[1:]:
+        whole, parts = (contents(tmp_path / folder / file) for folder in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        for key, leaf in whole.items():
+            same = torch.equal(leaf, parts[key]) if torch.is_tensor(leaf) else leaf == parts[key]
+            assert same, f"{file}: {key}"
