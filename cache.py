@@ -390,11 +390,12 @@ def run(args):
     if args.device == "cuda" and device == "cpu":
         raise ValueError("--device cuda: PyTorch sees no CUDA device")
     utterances, problems = data.read_corpus(args.data)
+    encoder, audio = load_encoder(args.model)
     if not args.verify:
-        utterances, more = data.check_audio([u for u in utterances if u.split in args.splits])
+        utterances = [u for u in utterances if u.split in args.splits]
+        utterances, more = data.check_audio(utterances, audio["sample_rate"])
         problems += more
     utterances = data.select(utterances, problems, args.splits, args.skip_bad)
-    encoder, audio = load_encoder(args.model)
     depth = encoder.config.num_hidden_layers
     layer = args.layer + depth if args.layer < 0 else args.layer
     if not 0 <= layer < depth:
@@ -415,27 +416,14 @@ def run(args):
 
     @torch.no_grad()
     def encode(wave, samples):
-        return (
-            model.prefix(wave.to(device, non_blocking=True), samples.to(device), layer)[0]
-            .float()
-            .cpu()
-        )
+        hidden, _ = model.prefix(wave.to(device), samples.to(device), layer)
+        return hidden.cpu()
 
     dataset = data.SpeechDataset(utterances, **audio)
     frames = [model.frames(u.samples) for u in utterances]
-    width = encoder.config.hidden_size
+    width, how = encoder.config.hidden_size, (data.collate, args.batch_size, args.workers)
     with lock(args.out):
-        index = fill(
-            args.out,
-            fingerprint,
-            dataset,
-            frames,
-            width,
-            encode,
-            data.collate,
-            args.batch_size,
-            args.workers,
-        )
+        index = fill(args.out, fingerprint, dataset, frames, width, encode, *how)
     size = sum(shard["bytes"] for shard in index["shards"].values())
     print(
         f"{args.out}: layer {layer} of {len(index['utterances'])} utterances, {size / 1e9:.2f} GB, "

@@ -167,10 +167,8 @@ def inspect_audio(path):
             raise ValueError("missing audio") from error
         kind = "damaged or not audio" if os.path.getsize(path) else "empty file"
         raise ValueError(kind) from error
-    promised = re.search(r"^data : (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
-    if (
-        promised and int(promised[2]) < int(promised[1]) < 2**31 - 2**16
-    ):  # larger: the writer did not know
+    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
+    if sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16:  # more: its writer did not know
         raise ValueError("truncated")
     return samples, rate
 

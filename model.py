@@ -14,6 +14,7 @@ import csv
 import hashlib
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -327,46 +328,36 @@ def load_run(run):
 
 
 def predict(args):
-    """FileName, Act, Val (scale 1 to 7), Act01, Val01 (scale 0 to 1) of audio files. Each is
-    predicted alone, so no prediction depends on another file."""
-    from data import (
-        AUDIO_SUFFIXES,
-        load_audio,
-        normalise,
-    )  # the command's own need, not the part to copy
+    """FileName, Act, Val (scale 1 to 7), Act01, Val01 (scale 0 to 1) of audio files, a line as soon
+    as it is known. Each is predicted alone, so no prediction depends on another file. FileName is
+    relative to the folder given, as in a label file."""
+    import data  # the command's own need, not the part to copy
 
+    files = []  # (FileName, path)
+    for path in map(Path, args.audio):
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        found = [
+            (f.relative_to(path), f) for f in inside if f.suffix.lower() in data.AUDIO_SUFFIXES
+        ]
+        if path.is_dir() and not found:
+            raise ValueError(f"{path}: no audio files ({', '.join(data.AUDIO_SUFFIXES)}) in it")
+        files += found or [(path.name, path)]
     if args.csv and not Path(args.csv).absolute().parent.is_dir():
         raise ValueError(f"--csv {args.csv}: its folder does not exist; make it first")
-    files = []
-    for path in map(Path, args.audio):
-        found = (
-            sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-            if path.is_dir()
-            else [path]
-        )
-        if not found:
-            raise ValueError(f"{path}: no audio files ({', '.join(AUDIO_SUFFIXES)}) in this folder")
-        files += found
     model, audio = load_run(args.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    rows = []
-    for file in files:
-        wave = load_audio(file, audio["sample_rate"])
-        wave = torch.from_numpy(normalise(wave) if audio["normalise"] else wave).to(device)
-        with torch.no_grad():
-            unit = model(wave[None], torch.tensor([len(wave)], device=device))[0].tolist()
-        rows.append(
-            [
-                str(file),
-                *(f"{1 + 6 * value:.4f}" for value in unit),
-                *(f"{value:.6f}" for value in unit),
-            ]
-        )
-    with open(args.csv, "w", newline="") if args.csv else sys.stdout as out:
-        csv.writer(out, lineterminator="\n").writerows(
-            [["FileName", "Act", "Val", "Act01", "Val01"], *rows]
-        )
+    with open(args.csv, "w", newline="") if args.csv else nullcontext(sys.stdout) as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["FileName", "Act", "Val", "Act01", "Val01"])
+        for name, path in files:
+            wave = data.load_audio(path, audio["sample_rate"])
+            wave = torch.from_numpy(data.normalise(wave) if audio["normalise"] else wave).to(device)
+            with torch.no_grad():
+                unit = model(wave[None], torch.tensor([len(wave)], device=device))[0].tolist()
+            writer.writerow(
+                [name, *(f"{1 + 6 * x:.4f}" for x in unit), *(f"{x:.6f}" for x in unit)]
+            )
 
 
 def export(args):

@@ -76,24 +76,20 @@ def make_loader(dataset, lengths, args, epoch=None):
     if epoch is not None:
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(dataset), generator=generator).tolist()
+    elif args.padding == "exact":
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
     else:
-        order = sorted(
-            range(len(dataset)), key=lengths.__getitem__ if args.padding == "exact" else None
-        )
+        order = list(range(len(dataset)))
     batches = [order[k : k + args.batch_size] for k in range(0, len(order), args.batch_size)]
-    if epoch is not None and len(batches[-1]) == 1 < len(
-        batches
-    ):  # the CCC of one utterance says nothing
-        batches.pop()
+    if epoch is not None and len(batches[-1]) == 1 < len(batches):
+        batches.pop()  # the CCC of one utterance says nothing
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=data.collate,
         num_workers=args.workers,
         pin_memory=args.device == "cuda",
-        generator=torch.Generator().manual_seed(
-            0
-        ),  # else it would draw from the global one, which dropout uses
+        generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
     )
 
 
@@ -112,9 +108,7 @@ def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
                 predictions = predict(
                     model, inputs, lengths, args.device, args.cached, args.chunk, args.recompute
                 )
-            loss = ccc_loss(
-                predictions, targets.to(args.device)
-            )  # in float32, over the whole batch
+            loss = ccc_loss(predictions, targets.to(args.device))  # float32, over the whole batch
             if not loss.isfinite():
                 names = " ".join(loader.dataset.utterances[i].name for i in rows)
                 raise ValueError(
@@ -124,7 +118,7 @@ def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()  # here, so that the next forward pass does not share memory with gradients
+            optimizer.zero_grad()  # here: the next forward pass needs no room for gradients
             losses.append(loss.item())
             spoken += lengths.sum().item() * seconds
             bar.update(spoken - bar.n)
@@ -148,18 +142,16 @@ def evaluate(model, loader, args):
             "the model predicts NaN or infinity; try a smaller --lr or --precision fp32"
         )
     targets = torch.tensor([[u.activation, u.valence] for u in utterances])
-    return predictions, dict(
-        zip(models.ATTRIBUTES, ccc(predictions, targets).tolist(), strict=True)
-    )
+    activation, valence = ccc(predictions, targets).tolist()
+    return predictions, {"activation": activation, "valence": valence}
 
 
 def peak_memory_bytes(device):
     """Peak of this process so far: allocated on the GPU, or resident on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save(path, content):
@@ -185,9 +177,8 @@ def write_predictions(path, utterances, predictions):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["FileName", "Act", "Val", "EmoAct", "EmoVal"])
         for u, unit in zip(utterances, predictions.tolist(), strict=True):
-            writer.writerow(
-                [u.name, *(f"{1 + 6 * x:.6f}" for x in (*unit, u.activation, u.valence))]
-            )
+            values = (*unit, u.activation, u.valence)
+            writer.writerow([u.name, *(f"{1 + 6 * x:.6f}" for x in values)])
 
 
 def read_splits(args):
@@ -208,9 +199,7 @@ def make_datasets(args, splits, model, audio, encoder):
     seconds = 1 / audio["sample_rate"]
     if not args.cached:
         datasets = {s: data.SpeechDataset(part, **audio) for s, part in splits.items()}
-        return {
-            s: (dataset, [u.samples for u in dataset.utterances]) for s, dataset in datasets.items()
-        }, seconds
+        return {s: (d, [u.samples for u in d.utterances]) for s, d in datasets.items()}, seconds
     index = cache.read_index(args.cache)
     layer, dtype = index["fingerprint"]["layer"], index["fingerprint"]["dtype"]
     cache.compare(args.cache, index, cache.cache_fingerprint(encoder, layer, dtype, audio))
@@ -222,7 +211,7 @@ def make_datasets(args, splits, model, audio, encoder):
     model.cut = layer  # layers between the cache and the first trained one run frozen
     datasets = {s: cache.CachedDataset(args.cache, part, index) for s, part in splits.items()}
     seconds *= math.prod(model.encoder.config.conv_stride)
-    return {s: (dataset, dataset.lengths) for s, dataset in datasets.items()}, seconds
+    return {s: (d, d.lengths) for s, d in datasets.items()}, seconds
 
 
 def describe(args, model, splits, encoder, index):
@@ -230,18 +219,9 @@ def describe(args, model, splits, encoder, index):
     rows = sorted(
         (u.name, u.activation, u.valence, u.split) for part in splits.values() for u in part
     )
-    keys = (
-        "method",
-        "precision",
-        "padding",
-        "freeze_prefix",
-        "chunk",
-        "recompute",
-        "seed",
-        "epochs",
-        "batch_size",
-    )
-    keys += ("lr", "dropout", "rank", "alpha", "lora_dropout", "model")
+    keys = ("method", "precision", "padding", "freeze_prefix", "chunk", "recompute", "seed")
+    keys += ("epochs", "batch_size", "lr", "dropout", "rank", "alpha", "lora_dropout", "model")
+    device = f"CPU, {torch.get_num_threads()} threads"
     return {
         **{key: getattr(args, key) for key in keys},
         "layers": args.layers or len(model.encoder.encoder.layers),
@@ -256,17 +236,9 @@ def describe(args, model, splits, encoder, index):
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "encoder": encoder,
         "corpus": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-        "device": torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": versions(),
-    }
-
-
-def versions():
-    return {
-        "python": platform.python_version(),
-        **{m.__name__: m.__version__ for m in (torch, transformers, numpy)},
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else device,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, numpy)}
+        | {"python": platform.python_version()},
     }
 
 
@@ -295,16 +267,11 @@ def save_epoch(args, history, model, optimizer, scaler):
     generators = {"cpu": torch.get_rng_state()}
     if args.device == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state()
-    parts = {
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "generators": generators,
-    }
+    state = {"history": history, "weights": models.trainable(model), "generators": generators}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in history)
-    save(
-        Path(args.out, "last.pt"), {"history": history, "weights": models.trainable(model), **parts}
-    )
+    save(Path(args.out, "last.pt"), state)
 
 
 def load_epoch(args, model, optimizer, scaler):
@@ -342,10 +309,8 @@ def run(args):
     check_config(args, {})
     splits = read_splits(args)
     torch.manual_seed(args.seed)
-    settings = {
-        key: getattr(args, key)
-        for key in ("model", "padding", "dropout", "method", "layers", *LORA_DEFAULTS)
-    }
+    keys = ("model", "padding", "dropout", "method", "layers", *LORA_DEFAULTS)
+    settings = {key: getattr(args, key) for key in keys}
     settings["freeze_prefix"] = args.freeze_prefix or args.cached
     model, audio, encoder = models.build(settings)
     datasets, seconds = make_datasets(args, splits, model, audio, encoder)

@@ -259,7 +259,7 @@ def test_predict_command(run, corpus, tmp_path):
     """`model.py predict` gives, on both scales, what the run wrote for its test split."""
     expected = read_csv(run / "predictions-Test1.csv")
     models.main(["predict", str(run), f"{corpus}/Audios", "--csv", str(tmp_path / "all.csv")])
-    found = {row["FileName"].split("/")[-1]: row for row in read_csv(tmp_path / "all.csv")}
+    found = {row["FileName"]: row for row in read_csv(tmp_path / "all.csv")}
     assert len(expected) == 8 and len(found) == 28
     for row in expected:
         for scale in ("Act", "Val"):

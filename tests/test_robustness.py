@@ -318,7 +318,7 @@ BAD = {  # name: what is spoiled, the command, what the error says
     "a weight too small": (weights(lambda t: t.update({LAYER: t[LAYER][:5].clone()})), TRAIN,
         "encoder"),
     "other architecture": (config(model_type="hubert"), TRAIN,
-        "only wav2vec2 encoders of the base"),
+        "only wav2vec2 of the base kind"),
     "corrupt weights": (write("encoder/model.safetensors", b"x" * 99), FILL, "cannot load encoder"),
     "truncated weights": (truncate("encoder/model.safetensors"), TRAIN, "cannot load", "encoder"),
     "NaN weights": (weights(lambda t: t[LAYER].fill_(torch.nan)), TRAIN,
@@ -507,7 +507,7 @@ def test_verify_names_them(damage, world, capsys):
 def test_worker_errors(line, world, capsys, monkeypatch):
     """An error inside a DataLoader's worker still is one line: audio that was lost since it was
     checked, a bad shard."""
-    monkeypatch.setattr(data, "check_audio", lambda utterances: (utterances, []))
+    monkeypatch.setattr(data, "check_audio", lambda utterances, *_: (utterances, []))
     monkeypatch.setattr(data.Utterance.__new__, "__defaults__", (3000,))
     spoil = flip(SHARD) if line is CACHED else clip(noise(0.2), cut=0.004)
     spoil()
