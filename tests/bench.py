@@ -206,10 +206,10 @@ class Job:
     def step(self, inputs, lengths, targets):
         """What train.train_epoch does with a batch, without its checks and its progress bar."""
         loss = ccc_loss(self.predict(inputs, lengths), targets)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad()
 
     def evaluate(self, inputs, lengths, targets):
         self.model.eval()
@@ -217,10 +217,9 @@ class Job:
             self.predict(inputs, lengths)
 
     def bytes(self, inputs):
-        """Weights, gradients, optimizer state and inputs."""
+        """Weights, optimizer state and inputs: what a step finds there."""
         state = [v for s in self.optimizer.state.values() for v in s.values()]
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return sum(t.nbytes for t in (*self.model.parameters(), *gradients, *state, inputs))
+        return sum(t.nbytes for t in (*self.model.parameters(), *state, inputs))
 
 
 def resident(peak=False):
@@ -237,8 +236,6 @@ def forget_peak():
 
 def step_and_peak(job, batch, base):
     """(seconds, peak bytes as in a process of its own or None where that is not known)."""
-    for parameter in models.trainable(job.model).values():
-        parameter.grad = parameter.detach().clone()  # train.py keeps them until after the forward
     gc.collect()
     if job.args.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -760,7 +757,7 @@ def main(argv=None):
     encoder = base_encoder().to(device)
     cpu = platform.processor() or platform.machine()
     machine = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu}
-    machine |= {"threads": torch.get_num_threads(), **train.versions()}
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     results, rates = measure_rows(options, encoder, base)
     gc.collect()
