@@ -611,7 +611,9 @@ CHILDREN = {"resident": resident_child, "row": row_child}
 
 def child(name, *arguments):
     """The result of one of these functions in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps([name, *arguments])]
+    # through a shell that forks: Linux counts a parent's resident peak to the process it starts
+    shell = ["sh", "-c", '"$0" "$@"; exit $?']
+    command = [*shell, sys.executable, __file__, "--child", json.dumps([name, *arguments])]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
