@@ -446,9 +446,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        parser.error(
-            str(error).strip().splitlines()[-1]
-        )  # a worker's error ends with the line that says what
+        message = str(error).strip().splitlines()[-1]  # of a worker's: the line that says what
+        parser.error(message)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ ATTRIBUTES = ("activation", "valence")
 class EmotionModel(nn.Module):
     """An encoder, mean pooling, dropout and one linear head an attribute (section IV-A).
 
-    encoder : transformers' Wav2Vec2Model. padding : what batch-mates do to a prediction.
+    encoder : transformers' Wav2Vec2Model.
+    padding : what batch-mates do to a prediction.
       "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the mean
-      runs over padded
-               frames too (section IV-B), so a prediction depends on its batch.
-      "exact": the CNN sees each waveform alone, because its GroupNorm runs over time; padded frames
-      are zero before
-               the positional convolution, masked in attention and left out of the mean. Batched =
-               alone.
+               runs over padded frames too (section IV-B), so a prediction depends on its batch.
+      "exact": the CNN sees each waveform alone, because its GroupNorm runs over time; padded
+               frames are zero before the positional convolution, masked in attention and left out
+               of the mean. Batched = alone.
+
     `frozen` is all that comes before the first trainable parameter, without gradient; `trained` the
     rest. Where they meet is `cut`, set by `freeze`: a transformer layer, or None where only the CNN
     is frozen. LayerDrop and SpecAugment are left out (our choice: neither can exist behind a
@@ -197,9 +197,9 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
 
     method  "full": all transformer layers and what lies between CNN and layer 0;
             "partial": the last `layers` transformer layers, and, as the paper's parameter counts
-            say, what lies between CNN and layer 0, unless `freeze_prefix`, which a cache needs as
-            well; "lora": adapters on q and v of the last `layers` layers (None: of all), everything
-            else frozen.
+            say, what lies between CNN and layer 0, unless `freeze_prefix`, which a cache needs;
+            "lora": adapters on q and v of the last `layers` layers (None: of all), everything else
+            frozen.
     Raises ValueError where `layers` does not fit the encoder.
     """
     encoder = model.encoder.encoder

@@ -345,9 +345,8 @@ def fit(args, model, settings, datasets, seconds, result):
     train_split, dev_split, test_split = args.splits
     # AdamW's default weight decay .01, no clipping: our choice, the paper names neither
     optimizer = torch.optim.AdamW(models.trainable(model).values(), lr=args.lr)
-    scaler = torch.amp.GradScaler(
-        args.device, enabled=args.precision == "fp16"
-    )  # bf16 has the range of float32
+    half = args.precision == "fp16"  # bf16 has the range of float32 and needs no scaler
+    scaler = torch.amp.GradScaler(args.device, enabled=half)
     history = load_epoch(args, model, optimizer, scaler)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
@@ -562,9 +561,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        parser.error(
-            str(error).strip().splitlines()[-1]
-        )  # a worker's error ends with the line that says what
+        message = str(error).strip().splitlines()[-1]  # of a worker's: the line that says what
+        parser.error(message)
 
 
 if __name__ == "__main__":
