@@ -577,7 +577,7 @@ def test_too_little_space(world, capsys, monkeypatch):
     refused(FILL, capsys, "the cache needs ", " GB more, new has 1.5e-05 GB free; make room")
 
 
-@pytest.mark.parametrize(("size", "file"), [(1000, "shard-00000.pt"), (3000, "index.json")])
+@pytest.mark.parametrize(("size", "file"), [(1000, "shard-00000.pt"), (2500, "index.json")])
 def test_full_disk_cache(size, file, world, capfd, monkeypatch):
     """A disk that fills up leaves a line with the file's name and a valid cache, which the same
     command completes."""
