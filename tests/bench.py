@@ -1,19 +1,21 @@
 """Which row of Table I should I run on this machine, and what will it cost? Random weights of
-wav2vec2-base, random audio with lengths like MSP-Podcast's, the functions that training uses.
+wav2vec2-base, random audio with lengths like MSP-Podcast's, and the functions that training uses.
 
-    python tests/bench.py                              # all rows and targets
-    python tests/bench.py --quick                      # fewer rows and targets: about a minute
-    python tests/bench.py --device cuda --json out.json     # batch 32, and Table II as memory caps
-    python tests/bench.py --batch 8 --rows "full fp32,recommended"
+    python tests/bench.py                       # every row and target
+    python tests/bench.py --quick               # fewer of them
+    python tests/bench.py --device cuda --json figures.json
+    python tests/bench.py --rows "full fp32,recommended" --batch 8
+    python tests/bench.py --memory              # peaks at batch 32: on a CPU of 34 GB, or with swap
 
-mixed: fp16 on CUDA, bf16 on a CPU. s/step: median time of forward, loss, backward and AdamW on a
-batch in memory; rows take turns on the same batch, its lengths evenly spread over the distribution.
-faster: than full fp32. at 32: the same at batch 32, scaled with the frames that a row computes
-there, padding included. peak: what a step takes beyond what was there, plus the row's weights,
-optimizer and inputs, and on a CPU Python with its libraries. of limit: the step's arithmetic,
-padding included, over the rate of a large matrix product in that precision; useful: that of true
-frames only. hours: 5 epochs of MSP-Podcast's Train, and Development after each, from "at 32".
-Every ratio is of one run. Nothing is left on disk.
+Figures are for a batch of 32, of lengths evenly spread over the distribution. CUDA runs it whole. A
+CPU runs `--batch` of the 32, padded to the longest of all, or of a chunked row its middle chunk of
+4; the time of forward and backward is scaled up by what was left out, the optimizer's is not.
+
+mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW on a batch
+in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and activations, on a
+CPU of what is run, Python with its libraries included. of limit: the step's arithmetic, padding included, over the rate of a
+large matrix product in that precision; useful: the same of true frames only. hours: 5 epochs over
+MSP-Podcast's Train. Every ratio is of one run. Linux only. Nothing is left on disk.
 """
 
 import argparse
@@ -27,13 +29,12 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,21 +45,28 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+START, ROOT = time.perf_counter(), Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import cache
 import data
 import model as models
 import train
 from ccc import ccc_loss
 
-START, SLOW = time.perf_counter(), 1.0
+EPOCHS, BATCH, CHUNK = 5, 32, 4
 RATE, FRAMES_A_SECOND, WIDTH = 16000, 49.9, 768
 SEGMENTS = {"Train": 84030, "Development": 19815, "Test1": 30647}  # MSP-Podcast 1.11
-EPOCHS, MEAN_SECONDS, SPREAD = 5, 5.65, 0.2283  # of the lengths: see `quantiles`
 AUDIO = {"sample_rate": RATE, "normalise": True}
-TINY = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2, "conv_dim": (32,) * 7}
-TINY |= {"intermediate_size": 256, "num_conv_pos_embeddings": 16, "attention_dropout": 0.0}
-TINY |= {"num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.0, "activation_dropout": 0.0}
+
+
+def quantiles(u):
+    """Seconds at the quantiles u of an exponential distribution cut to 2.75 to 11 s, mean 5.65 s;
+    random batches of 32 padded to their longest are then 54 % speech, as MSP-Podcast's."""
+    rate = 0.2283
+    return 2.75 - np.log(1 - u * (1 - math.exp(-8.25 * rate))) / rate
+
+
+LENGTHS = torch.from_numpy(quantiles((np.arange(BATCH) + 0.5) / BATCH) * RATE).long()  # sorted
 
 
 class Row(NamedTuple):
@@ -67,39 +75,38 @@ class Row(NamedTuple):
     mixed: bool = False
     cached: bool = False
     freeze_prefix: bool = False
-    exact: bool = False  # exact padding, in chunks; otherwise the paper's padding, whole batches
+    exact: bool = False  # exact padding, in chunks; otherwise the paper's, in whole batches
     recompute: bool = False
     hours: float | None = None  # the paper's: uncached on an A40, cached on an RTX 2080 Ti
 
 
 ROWS = {"lora fp32": Row("lora", None, hours=2.476)}
-for method, layers, cached, hours in (
-    ("partial", 1, False, (2.443, 0.965)),
-    ("partial", 2, False, (2.477, 0.982)),
-    ("partial", 3, False, (2.519, 0.991)),
-    ("full", None, False, (2.980, 1.145)),
-    ("partial", 1, True, (0.353, 0.155)),
-    ("partial", 2, True, (0.689, 0.253)),
-    ("partial", 3, True, (1.023, 0.353)),
+for title, row, *hours in (
+    ("partial 1", Row(layers=1), 2.443, 0.965),
+    ("partial 2", Row(layers=2), 2.477, 0.982),
+    ("partial 3", Row(), 2.519, 0.991),
+    ("full", Row("full", None), 2.980, 1.145),
+    ("cached 1", Row(layers=1, cached=True), 0.353, 0.155),
+    ("cached 2", Row(layers=2, cached=True), 0.689, 0.253),
+    ("cached 3", Row(cached=True), 1.023, 0.353),
+    ("freeze-prefix 3", Row(freeze_prefix=True)),
+    ("recommended", Row(cached=True, exact=True)),  # partial 3, cached, exact, chunked
 ):
     for mixed in (False, True):
-        title = "full" if layers is None else f"{'cached' if cached else method} {layers}"
-        row = Row(method, layers, mixed, cached, hours=hours[mixed])
-        ROWS[f"{title} {'mixed' if mixed else 'fp32'}"] = row
-ROWS |= {
-    "freeze-prefix 3 fp32": Row(freeze_prefix=True),
-    "freeze-prefix 3 mixed": Row(freeze_prefix=True, mixed=True),
-    "full exact chunk fp32": Row("full", None, exact=True),
-    "full exact chunk recompute fp32": Row("full", None, exact=True, recompute=True),
-    "lora 3 cached exact chunk mixed": Row("lora", mixed=True, cached=True, exact=True),
-    "recommended": Row(mixed=True, cached=True, exact=True),  # partial 3 cached mixed exact chunk
-    "recommended fp32": Row(cached=True, exact=True),
+        paper = hours[mixed] if hours else None
+        ROWS[f"{title} {'mixed' if mixed else 'fp32'}"] = row._replace(mixed=mixed, hours=paper)
+ROWS["lora 3 cached exact chunk mixed"] = Row("lora", mixed=True, cached=True, exact=True)
+ROWS["full exact chunk fp32"] = Row("full", None, exact=True)
+ROWS["full exact chunk recompute fp32"] = Row("full", None, exact=True, recompute=True)
+QUICK = ["full fp32", "partial 3 fp32", "freeze-prefix 3 fp32", "cached 3 fp32", "cached 3 mixed"]
+QUICK += ["recommended fp32", "recommended mixed"]
+PEAKS = "full fp32", "full exact chunk recompute fp32"
+TABLE_2 = ("full fp32", "full mixed", "partial 3 fp32", "partial 3 mixed", "lora fp32", *PEAKS[1:])
+RATIOS = {  # target: (slower row, faster row), both mixed; in fp32 as well
+    "recommended_vs_full": ("full fp32", "recommended mixed"),
+    "recommended_vs_paper_cached": ("cached 3 mixed", "recommended mixed"),
+    "freeze_prefix_vs_paper_partial": ("partial 3 mixed", "freeze-prefix 3 mixed"),
 }
-QUICK = ("full fp32", "partial 3 fp32", "cached 3 fp32", "cached 3 mixed", "freeze-prefix 3 fp32")
-QUICK += ("recommended", "recommended fp32")
-TABLE_2 = ("full fp32", "full mixed", "partial 3 fp32", "partial 3 mixed", "lora fp32")
-TABLE_2 += ("full exact chunk recompute fp32", "recommended")
-FACTORS = "factor_vs_full", "factor_vs_full_at_32"
 TARGETS = {  # name: (at least or at most, what)
     "recommended_vs_full": (">=", 30),
     "recommended_vs_paper_cached": (">=", 2.5),
@@ -122,22 +129,8 @@ TARGETS = {  # name: (at least or at most, what)
 }
 
 
-def quantiles(u):
-    """Seconds at the quantiles u of an exponential distribution cut to 2.75 to 11 s, mean 5.65 s;
-    random batches of 32 padded to their longest are then 54 % speech, as MSP-Podcast's."""
-    return 2.75 - np.log(1 - u * (1 - math.exp(-8.25 * SPREAD))) / SPREAD
-
-
-def spread(n):
-    """n lengths in samples (n,), evenly spread over the distribution, in random order."""
-    samples = (quantiles((np.arange(n) + 0.5) / n) * RATE).astype(int)
-    return torch.from_numpy(np.random.default_rng(n).permutation(samples))
-
-
-def padded(lengths, chunk=None):
-    """The sum of lengths (B,) as train.predict pads them: each chunk to its longest."""
-    parts = lengths.sort().values.split(chunk or len(lengths))
-    return sum(int(part[-1]) * len(part) for part in parts)
+def progress(text):
+    print(f"[{time.perf_counter() - START:5.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 def timed(device, function, *args):
@@ -151,338 +144,293 @@ def timed(device, function, *args):
     return time.perf_counter() - start, result
 
 
-def base_encoder(**changes):
+def quiet():
+    """tqdm writes to memory instead of the terminal."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+class Memory:
+    """Bytes of this process, `now` and at the `peak` since its start: allocated by PyTorch on CUDA;
+    on a CPU resident or swapped out, sampled every 20 ms. As a context."""
+
+    def __init__(self, device):
+        self.cuda, self.stop = device == "cuda", threading.Event()
+
+    def now(self):
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(("VmRSS:", "VmSwap:")))
+
+    def sample(self):
+        while not self.stop.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that using it counts
+        self.start = self.peak = self.now()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+        self.peak = torch.cuda.max_memory_allocated() if self.cuda else self.peak
+
+
+def base_encoder():
     torch.manual_seed(0)
-    return Wav2Vec2Model(Wav2Vec2Config(attn_implementation="sdpa", **changes))
-
-
-def make_batch(samples, device):
-    """{cached or not: inputs on the device, lengths (B,) on the CPU, targets on the device}."""
-    targets = torch.rand(len(samples), 2).to(device)
-    waves = torch.nn.utils.rnn.pad_sequence([torch.randn(n) for n in samples], batch_first=True)
-    frames = (samples - 80) // 320  # of wav2vec2's convolutions
-    hidden = torch.randn(len(frames), int(frames.max()), WIDTH).half()
-    return {False: (waves.to(device), samples, targets), True: (hidden.to(device), frames, targets)}
+    return Wav2Vec2Model(Wav2Vec2Config(attn_implementation="sdpa"))
 
 
 class Job:
-    """A row with train.py's arguments, on an encoder that all rows share. Rows that train the same
-    parameters share model and optimizer too, in `shared`."""
+    """A row with train.py's arguments, its own model and optimizer."""
 
-    def __init__(self, row, encoder, options, batch_size, shared):
-        self.row, device = row, options.device
+    def __init__(self, row, encoder, device, batch_size=BATCH):
         half = "fp16" if device == "cuda" else "bf16"
-        self.args = SimpleNamespace(
+        self.args = args = SimpleNamespace(
             device=device, precision=half if row.mixed else "fp32", cached=row.cached, seed=0,
-            chunk=max(1, options.chunk * batch_size // 32) if row.exact else None, workers=2,
-            recompute=row.recompute, padding="exact" if row.exact else "paper",
-            batch_size=batch_size,
+            padding="exact" if row.exact else "paper", chunk=CHUNK if row.exact else None,
+            recompute=row.recompute, workers=2, batch_size=batch_size,
         )  # fmt: skip
-        self.frozen = row.method, row.layers, row.freeze_prefix or row.cached
-        if self.frozen not in shared:
-            model = models.EmotionModel(copy.deepcopy(encoder) if row.method == "lora" else encoder)
-            models.freeze(model, *self.frozen)
-            model.to(device)
-            optimizer = torch.optim.AdamW(models.trainable(model).values(), lr=1e-4)
-            shared[self.frozen] = model, optimizer
-        self.model, self.optimizer = shared[self.frozen]
-        self.scaler = torch.amp.GradScaler(device, enabled=self.args.precision == "fp16")
+        self.model = models.EmotionModel(copy.deepcopy(encoder), padding=args.padding)
+        models.freeze(self.model, row.method, row.layers, row.freeze_prefix or row.cached)
+        self.model.to(device).train()
+        self.optimizer = torch.optim.AdamW(models.trainable(self.model).values(), lr=1e-4)
+        self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
-    def turn(self):
-        """Make the shared encoder this row's."""
-        self.model.padding = self.args.padding
-        if self.row.method != "lora":
-            models.freeze(self.model, *self.frozen)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
-
-    def predict(self, inputs, lengths):
-        args = self.args
-        with train.autocast(args):
-            return train.predict(
-                self.model, inputs, lengths, args.device, args.cached, args.chunk, args.recompute
+    def backward(self, inputs, lengths, targets):
+        """The first half of a step of train.train_epoch, without its checks."""
+        a = self.args
+        with train.autocast(a):
+            predictions = train.predict(
+                self.model, inputs, lengths, a.device, a.cached, a.chunk, a.recompute
             )
+        self.scaler.scale(ccc_loss(predictions, targets)).backward()
 
-    def step(self, inputs, lengths, targets):
-        """What train.train_epoch does with a batch, without its checks and its progress bar."""
-        loss = ccc_loss(self.predict(inputs, lengths), targets)
-        self.scaler.scale(loss).backward()
+    def update(self):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def evaluate(self, inputs, lengths, targets):
-        self.model.eval()
-        with torch.no_grad():
-            self.predict(inputs, lengths)
-
-    def bytes(self, inputs):
-        """Weights, optimizer state and inputs: what a step finds there."""
-        state = [v for s in self.optimizer.state.values() for v in s.values()]
-        return sum(t.nbytes for t in (*self.model.parameters(), *state, inputs))
+    def step(self, *batch):
+        self.backward(*batch)
+        self.update()
 
 
-def resident(peak=False):
-    """Resident bytes of this process: now, or the most since `forget_peak`. Linux only."""
-    name = "VmHWM:" if peak else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+def make_batch(lengths, cached, device):
+    """Noise in place of waveforms or hidden states: what train.predict takes, and targets."""
+    if cached:
+        lengths = (lengths - 80) // 320  # wav2vec2's convolutions
+    inputs = torch.randn(len(lengths), int(lengths.max()), *[WIDTH] * cached)
+    inputs = inputs.half() if cached else inputs
+    return inputs.to(device), lengths, torch.rand(len(lengths), 2).to(device)
 
 
-def forget_peak():
-    ctypes.CDLL(None).malloc_trim(0)  # gives free memory back, so that using it again counts
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def step_and_peak(job, batch, base):
-    """(seconds, peak bytes as in a process of its own or None where that is not known)."""
-    gc.collect()
-    if job.args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        seconds, _ = timed("cuda", job.step, *batch)
-        return seconds, torch.cuda.max_memory_allocated() - before + job.bytes(batch[0])
-    try:
-        forget_peak()
-        before = resident()
-    except (OSError, AttributeError):
-        return timed("cpu", job.step, *batch)  # and None
-    seconds, _ = timed("cpu", job.step, *batch)
-    return seconds, resident(peak=True) - before + job.bytes(batch[0]) + base
+def portion(row, n):
+    """Lengths in samples of what is run in place of the batch of 32, and how much more that is."""
+    if n >= BATCH:
+        return LENGTHS, 1.0
+    if not row.exact:
+        return LENGTHS[-1:].repeat(n), BATCH / n
+    chunks = LENGTHS.view(-1, CHUNK)  # the last of each is what it is padded to
+    middle = chunks[len(chunks) // 2]
+    return middle, (chunks[:, -1].sum() / middle[-1]).item()
 
 
 @functools.cache
-def meta_model(*frozen):
-    with torch.device("meta"):  # shapes only
-        model = models.EmotionModel(base_encoder())
-        models.freeze(model, *frozen)
-    return model
-
-
 def flops(row, lengths, chunk):
-    """Floating point operations of a step, without what recomputation repeats. Counted on shapes
-    alone, with the paper's padding in each chunk."""
-    model = meta_model(row.method, row.layers, row.freeze_prefix or row.cached)
-    shape = (len(lengths), int(lengths.max()), *([WIDTH] if row.cached else []))
+    """Floating point operations of a step, recomputation not counted twice. Of shapes alone."""
+    with torch.device("meta"):
+        model = models.EmotionModel(base_encoder())
+    models.freeze(model, row.method, row.layers, row.freeze_prefix or row.cached)
+    inputs, lengths, _ = make_batch(torch.tensor(lengths), row.cached, "meta")
     with FlopCounterMode(display=False) as counter:
-        inputs = torch.empty(shape, device="meta")
         train.predict(model, inputs, lengths, "meta", row.cached, chunk).sum().backward()
     return counter.get_total_flops()
 
 
 def matmul_rate(precision, device):
     """Floating point operations a second of a large matrix product, the best of some."""
-    n = 8192 if device == "cuda" else 1536
+    n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=train.PRECISIONS[precision])
     return 2 * n**3 / min(timed(device, torch.mm, a, a)[0] for _ in range(6))
 
 
-def progress(text):
-    print(f"[{time.perf_counter() - START:5.0f} s] {text}", file=sys.stderr, flush=True)
+def measure_row(row, encoder, options, base):
+    """One turn of a row: the matrix product rate just before, the median seconds of a step at batch
+    32, and peak bytes."""
+    device, spent, steps = options.device, 0.0, []
+    lengths, scale = portion(row, options.batch)
+    with Memory(device) as memory:
+        job, batch = Job(row, encoder, device), make_batch(lengths, row.cached, device)
+        rate = matmul_rate(job.args.precision, device)
+        short = make_batch(torch.tensor([4000, 4800]), row.cached, device)
+        for _ in range(5 if device == "cuda" else 1):  # in fp16 until the scaler has settled
+            job.step(*(batch if device == "cuda" else short))
+        while spent < 1:
+            backward, _ = timed(device, job.backward, *batch)
+            update, _ = timed(device, job.update)
+            steps.append(backward * scale + update)
+            spent += backward + update
+    peak = memory.peak - memory.start + (0 if device == "cuda" else base)
+    return rate, statistics.median(steps), peak
 
 
 def measure_rows(options, encoder, base):
-    """([result of a row], {precision: matrix product rate})."""
-    device, shared, seconds, peaks, evals = options.device, {}, {}, {}, {}
-    jobs = {n: Job(ROWS[n], encoder, options, options.batch, shared) for n in options.rows}
-    rates = dict.fromkeys(["fp32", "fp16" if device == "cuda" else "bf16"], 0.0)
-    samples = spread(options.batch)
-    batch = make_batch(samples, device)
-    warm = batch if device == "cuda" else make_batch(samples.min()[None], device)
-    for turn in range(-1, options.rounds):
-        rates = {p: max(rates[p], matmul_rate(p, device)) for p in rates}
-        for name, job in jobs.items():
-            mine, spent = batch[job.args.cached], []
-            job.turn()
-            if turn < 0:  # warming up; in fp16 until the scaler has settled
-                for _ in range(5 if device == "cuda" else 1):
-                    job.step(*warm[job.args.cached])
+    """([figures of a row], {fp32 or mixed: matrix product rate}). On a CPU slow rows take one turn,
+    others three."""
+    turns, results, rates = {name: [] for name in options.rows}, [], {}
+    for n in range(5 if options.device == "cuda" else 3):
+        for name, done in turns.items():
+            if n and options.device == "cpu" and done[0][1] > 60:
                 continue
-            if turn == 0:
-                first, peaks[name] = step_and_peak(job, mine, base)
-                spent.append(first)
-            while sum(spent) < SLOW:  # a fast row takes many steps, a slow one takes one
-                spent.append(timed(device, job.step, *mine)[0])
-            seconds[name] = seconds.get(name, []) + spent
-            if turn == 0:
-                evals[name], _ = timed(device, job.evaluate, *mine)
-            progress(f"round {turn + 1} of {options.rounds}: {name} {min(spent):.3f} s")
-    results = []
-    for name, job in jobs.items():
-        row, args = job.row, job.args
-        lengths, median = batch[row.cached][1], statistics.median(seconds[name])
-        scale = epoch_samples(options.chunk if row.exact else None) / padded(samples, args.chunk)
-        limit = rates[args.precision] * median
-        steps = {split: n / 32 * scale for split, n in SEGMENTS.items()}
-        hours = (steps["Train"] * median + steps["Development"] * evals[name]) * EPOCHS / 3600
+            done.append(measure_row(ROWS[name], encoder, options, base))
+            progress(f"turn {n + 1}: {name} {done[-1][1]:.3f} s")
+    for name, done in turns.items():
+        row, precision = ROWS[name], "mixed" if ROWS[name].mixed else "fp32"
+        seconds = statistics.median(seconds for _, seconds, _ in done)
+        rates[precision] = max(rates.get(precision, 0), *(rate for rate, _, _ in done))
+        limit = statistics.median(rate * seconds for rate, seconds, _ in done)
+        lengths, scale = portion(row, options.batch)
+        kind = row._replace(mixed=False, recompute=False, hours=None)
+        arithmetic = scale * flops(kind, tuple(lengths.tolist()), CHUNK if row.exact else None)
+        useful = 8 * sum(flops(kind, (n,), None) for n in LENGTHS[4::8].tolist())
         results.append({
-            "name": name, "precision": args.precision, "chunk": args.chunk,
-            "steps": len(seconds[name]),
-            "seconds_per_step": median, "seconds_per_step_at_32": median * scale,
-            "seconds_per_evaluation": evals[name], "peak_memory_bytes": peaks[name],
-            "speech_seconds_per_second": samples.sum().item() / RATE / median,
-            "flops": flops(row, lengths, args.chunk),
-            "share_of_limit": flops(row, lengths, args.chunk) / limit,
-            "useful_share_of_limit": flops(row, lengths, 1) / limit,
-            "hours_5_epochs": hours, "paper_hours": row.hours,
+            "name": name, "turns": len(done), "seconds_per_step": seconds,
+            "speech_seconds_per_second": LENGTHS.sum().item() / RATE / seconds,
+            "peak_memory_bytes": max(peak for _, _, peak in done), "flops": arithmetic,
+            "share_of_limit": arithmetic / limit, "useful_share_of_limit": useful / limit,
+            "hours_5_epochs": seconds * SEGMENTS["Train"] / BATCH * EPOCHS / 3600,
+            "paper_hours": row.hours,
         })  # fmt: skip
-    full = next((r for r in results if r["name"] == "full fp32"), None)
-    for result in results if full else []:
-        for key, at in zip(FACTORS, ("", "_at_32"), strict=True):
-            result[key] = full[f"seconds_per_step{at}"] / result[f"seconds_per_step{at}"]
-    return results, rates
-
-
-@functools.cache
-def epoch_samples(chunk):
-    """Mean samples that a random batch of 32 comes to with its padding."""
-    draws = np.random.default_rng(0).random((500, 32))
-    return statistics.mean(padded(b, chunk) for b in torch.from_numpy(quantiles(draws) * RATE))
+    full = next((r["seconds_per_step"] for r in results if r["name"] == "full fp32"), math.nan)
+    return [r | {"factor_vs_full": full / r["seconds_per_step"]} for r in results], rates
 
 
 def row_targets(results):
     """Ratios of steps, in mixed precision as the targets are meant, and in fp32 beside them."""
-    seconds = {r["name"]: r["seconds_per_step"] for r in results}
-    at_32 = {r["name"]: r["seconds_per_step_at_32"] for r in results}
-    ratios = {}
-    for target, slow, fast in (
-        ("recommended_vs_full", "full fp32", "recommended"),
-        ("recommended_vs_full_in_fp32", "full fp32", "recommended fp32"),
-        ("recommended_vs_paper_cached", "cached 3 mixed", "recommended"),
-        ("recommended_vs_paper_cached_in_fp32", "cached 3 fp32", "recommended fp32"),
-        ("freeze_prefix_vs_paper_partial", "partial 3 mixed", "freeze-prefix 3 mixed"),
-        ("freeze_prefix_vs_paper_partial_in_fp32", "partial 3 fp32", "freeze-prefix 3 fp32"),
-    ):
-        if slow in seconds and fast in seconds:
-            ratios[target] = seconds[slow] / seconds[fast]
-            ratios[f"{target}_at_32"] = at_32[slow] / at_32[fast]
+    seconds, ratios = {r["name"]: r["seconds_per_step"] for r in results}, {}
+    for target, pair in RATIOS.items():
+        for key, (slow, fast) in {
+            target: pair,
+            f"{target}_in_fp32": [name.replace("mixed", "fp32") for name in pair],
+        }.items():
+            if slow in seconds and fast in seconds:
+                ratios[key] = seconds[slow] / seconds[fast]
     return ratios
 
 
-def write_corpus(folder, n):
-    """n utterances of noise as 16-bit WAV."""
-    rng, utterances = np.random.default_rng(0), []
-    for i, samples in enumerate(spread(n).tolist()):
-        path = str(Path(folder, f"{i:06}.wav"))
-        soundfile.write(path, 0.1 * rng.standard_normal(samples), RATE, subtype="PCM_16")
-        label = rng.random(2).tolist()
-        utterances.append(data.Utterance(f"{i:06}.wav", path, "Train", "1", *label, samples))
-    return utterances
+def write_corpus(root, n, lengths=LENGTHS):
+    """A corpus of n utterances in Train and n // 8 in Development and Test1: names of their own for
+    a few files of noise, one of each length."""
+    (root / "Audios").mkdir(parents=True)
+    (root / "Labels").mkdir()
+    sources, rng = [], np.random.default_rng(0)
+    for i, samples in enumerate(lengths.tolist()):
+        sources.append(root / f"source-{i}.wav")
+        soundfile.write(sources[-1], 0.1 * rng.standard_normal(samples), RATE, subtype="PCM_16")
+    splits = ["Train"] * n + ["Development"] * (n // 8) + ["Test1"] * (n // 8)
+    with open(root / "Labels" / "labels_consensus.csv", "w") as file:
+        file.write("FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n")
+        for i, split in enumerate(splits):
+            os.symlink(sources[i * 13 % len(sources)], root / "Audios" / f"{i:06}.wav")
+            file.write(f"{i:06}.wav,N,4.{i % 10},3.{i % 7},4.0,{i // 100},Male,{split}\n")
 
 
-def repeated(utterances, n):
-    """n utterances of the same few files under names of their own."""
-    return [utterances[i % len(utterances)]._replace(name=f"{i:06}") for i in range(n)]
-
-
-def fill_noise(folder, utterances, width):
-    """cache.fill with noise in place of a model."""
+def fill_noise(folder, utterances, width=WIDTH):
+    """A CachedDataset filled with noise in place of a model's output."""
     noise = torch.randn(8, 560, width)
-    dataset = data.SpeechDataset(utterances, **AUDIO)
     frames = [(u.samples - 80) // 320 for u in utterances]
-    os.makedirs(folder, exist_ok=True)
     fingerprint = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
+    os.makedirs(folder)
     with quiet():
-        encode = lambda wave, samples: noise[: len(wave)]
-        return cache.fill(folder, fingerprint, dataset, frames, width, encode, data.collate)
-
-
-def cached_dataset(folder, utterances):
-    return cache.CachedDataset(folder, utterances, cache.read_index(folder))
-
-
-def quiet():
-    """tqdm writes to memory instead of the terminal."""
-    return contextlib.redirect_stderr(io.StringIO())
+        index = cache.fill(
+            folder, fingerprint, data.SpeechDataset(utterances, **AUDIO), frames, width,
+            lambda wave, samples: noise[: len(wave)], data.collate,
+        )  # fmt: skip
+    return cache.CachedDataset(folder, utterances, index)
 
 
 class Stopwatch:
-    """A loader that notes how long it let the loop wait: for the first batch, for the others."""
+    """A loader that notes how long it lets the loop wait for a batch, and how long until the loop
+    wants the next. With a job it then takes a bare step on the same batch in memory: what the
+    machine does at the moment then counts for both."""
 
-    def __init__(self, loader):
-        self.loader, self.dataset, self.first, self.waited = loader, loader.dataset, 0.0, 0.0
+    def __init__(self, loader, job=None):
+        self.loader, self.dataset, self.job = loader, loader.dataset, job
+        self.waits, self.steps, self.bare = [], [], []
 
     def __iter__(self):
-        start, batches = time.perf_counter(), iter(self.loader)
-        batch = next(batches, None)
-        self.first = time.perf_counter() - start
-        while batch is not None:
+        start = time.perf_counter()
+        for batch in self.loader:
+            self.waits.append(time.perf_counter() - start)
             yield batch
+            self.steps.append(time.perf_counter() - start)
+            if self.job:
+                device = self.job.args.device
+                batch = batch[0].to(device), batch[1], batch[2].to(device)
+                self.bare.append(timed(device, self.job.step, *batch)[0])
             start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
 
 
-def measure_loop(job, dataset, lengths, rounds=3):
-    """train.train_epoch against the bare steps on its batches in memory, taking turns. The wait for
-    the first batch, when the loader's processes start, is once an epoch and reported apart."""
-    device, loader = job.args.device, train.make_loader(dataset, lengths, job.args, 1)
-    batches = [(x.to(device), n, t.to(device)) for x, n, t, _ in loader]
-    bare, loop, waits, firsts = [], [], [], []
-    job.turn()
-    epoch = (job.model, job.optimizer, job.scaler, job.args, 1 / RATE, "loop")
-    job.step(*batches[0])
-    for _ in range(rounds):
-        bare.append(timed(device, lambda: [job.step(*batch) for batch in batches])[0])
-        watch = Stopwatch(loader)
+def measure_loop(job, dataset, lengths):
+    """train.train_epoch against bare steps: the median ratio. The first step of an epoch is apart:
+    the loader's processes start then, and what they share with this one is copied as it changes."""
+    loader, ratios, starts = train.make_loader(dataset, lengths, job.args, 1), [], []
+    rest = job.optimizer, job.scaler, job.args, 1 / RATE, "loop"
+    for watch in (Stopwatch(loader), Stopwatch(loader, job), Stopwatch(loader, job)):
         with quiet():
-            spent, _ = timed(device, train.train_epoch, epoch[0], watch, *epoch[1:])
-        loop.append(spent - watch.first)
-        waits.append(watch.waited / loop[-1])
-        firsts.append(watch.first)
-    median, steps = statistics.median, len(batches)
+            train.train_epoch(job.model, watch, *rest)
+        if not watch.bare:  # a loader that has no pause to work ahead in
+            waiting = sum(watch.waits[1:]) / sum(watch.steps[1:])
+            continue
+        ratios += [a / b for a, b in zip(watch.steps[1:], watch.bare[1:], strict=True)]
+        starts.append(watch.steps[0] - watch.bare[0])
     return {
-        "steps": steps, "bare_seconds_per_step": median(bare) / steps,
-        "loop_seconds_per_step": median(loop) / steps, "overhead": median(loop) / median(bare),
-        "waiting_share": median(waits), "first_batch_seconds": median(firsts),
+        "pairs": len(ratios), "overhead": statistics.median(ratios), "waiting_share": waiting,
+        "bare_seconds_per_step": statistics.median(watch.bare),
+        "epoch_start_seconds": statistics.mean(starts),
     }  # fmt: skip
 
 
-def measure_fill(encoder, utterances, folder, device, rounds=2):
-    """Frames a second of cache.fill, batched and one at a time, and of the bare model.prefix."""
+def measure_fill(encoder, utterances, folder, device):
+    """Frames a second of cache.fill in batches of 8, of its model alone, and on CUDA of filling
+    one utterance at a time."""
     model = models.EmotionModel(encoder, padding="exact").to(device).eval()
     dataset = data.SpeechDataset(utterances, **AUDIO)
-    frames = [model.frames(u.samples) for u in utterances]
-    plan = cache.plan(frames, 8, cache.SHARD_BYTES // (2 * WIDTH))
-    batches = [data.collate([dataset[i] for i in batch])[:2] for part in plan for batch in part]
-    batches = [(wave.to(device), samples.to(device)) for wave, samples in batches]
+    frames, spent = [model.frames(u.samples) for u in utterances], []
     fingerprint = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
 
     @torch.no_grad()
     def encode(wave, samples):  # as cache.py does
-        wave = wave.to(device, non_blocking=True)
-        return model.prefix(wave, samples.to(device), 9)[0].float().cpu()
-
-    @torch.no_grad()
-    def bare():
-        for batch in batches:
-            model.prefix(*batch, 9)
+        seconds, (hidden, _) = timed(device, model.prefix, wave.to(device), samples.to(device), 9)
+        spent.append(seconds)
+        return hidden.cpu()
 
     def fill(size):
         with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
             cache.fill(out, fingerprint, dataset, frames, WIDTH, encode, data.collate, size)
 
-    ways = {"prefix": (bare,), "fill": (fill, 8)}
-    if device == "cuda":
-        ways["alone"] = (fill, 1)
-    seconds = {name: [] for name in ways}
-    with torch.no_grad():
-        model.prefix(*batches[0], 9)
-    for _ in range(rounds):
-        for name, call in ways.items():
-            seconds[name].append(timed(device, *call)[0])
-    return {name: sum(frames) / statistics.median(s) for name, s in seconds.items()}
+    total = sum(frames)
+    encode(torch.randn(1, RATE), torch.tensor([RATE]))
+    spent.clear()
+    speeds = {"fill": total / timed(device, fill, 8)[0], "prefix": total / sum(spent)}
+    return speeds | ({"alone": total / timed(device, fill, 1)[0]} if device == "cuda" else {})
 
 
-def measure_reading(folder, utterances, rounds=3):
-    """Bytes a second of a cache read in order and shuffled, its files not in memory where the
-    system lets us drop them."""
-    dataset = cached_dataset(folder, utterances)
+def measure_reading(dataset, rounds=3):
+    """Bytes a second of a cache read in order and shuffled, its files not in memory."""
     orders = {"ordered": range(len(dataset)), "shuffled": torch.randperm(len(dataset)).tolist()}
     seconds = {name: [] for name in orders}
     for _ in range(rounds):
         for name, order in orders.items():
-            for path in Path(folder).glob("*.pt") if hasattr(os, "posix_fadvise") else []:
+            for path in Path(dataset.folder).glob("*.pt"):
                 with open(path) as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             seconds[name].append(timed("cpu", lambda order=order: [dataset[i] for i in order])[0])
@@ -490,231 +438,200 @@ def measure_reading(folder, utterances, rounds=3):
     return {name: size / statistics.median(s) for name, s in seconds.items()}
 
 
-def tiny_job(device):
-    options = SimpleNamespace(device=device, chunk=4)
-    job = Job(Row("partial", 1, cached=True), base_encoder(**TINY).to(device), options, 32, {})
-    job.turn()
-    return job
-
-
-def tiny_epoch(job, folder, utterances):
-    """Seconds of a cached training epoch."""
-    dataset = cached_dataset(folder, utterances)
-    loader = train.make_loader(dataset, dataset.lengths, job.args, 1)
-    with quiet():
-        rest = job.optimizer, job.scaler, job.args, 1, "tiny"
-        return timed(job.args.device, train.train_epoch, job.model, loader, *rest)[0]
-
-
-def measure_sizes(folder, utterances, device):
-    """{hours of speech: seconds of a cached epoch of a tiny encoder} at 1, 2, 4 and 8 times."""
-    cached = str(Path(folder, "sizes"))
-    utterances = repeated(utterances, 8 * 64)
-    fill_noise(cached, utterances, TINY["hidden_size"])
-    job, seconds = tiny_job(device), {}
-    tiny_epoch(job, cached, utterances[:64])
-    for n in (64, 128, 256, 512):
-        hours = sum(u.samples for u in utterances[:n]) / RATE / 3600
-        seconds[hours] = min(tiny_epoch(job, cached, utterances[:n]) for _ in range(2))
-    return seconds
-
-
-def measure_startup(folder, source, encoder, n=150_000):
-    """Seconds of reading n label rows, inspecting the audio, and opening a cache of all."""
-    root = Path(folder, "many")
-    (root / "Audios").mkdir(parents=True)
-    (root / "Labels").mkdir()
-    splits, names = ("Train", "Development", "Test1"), [f"{i:06}.wav" for i in range(n)]
-    with open(root / "Labels" / "labels_consensus.csv", "w") as file:
-        file.write("FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n")
-        for i, name in enumerate(names):
-            os.symlink(source, root / "Audios" / name)
-            file.write(f"{name},N,4.{i % 10},3.{i % 7},4.0,{i // 100},Male,{splits[i % 3]}\n")
+def measure_startup(root, encoder):
+    """Seconds of reading 150,000 label rows, of looking into the audio files, and of opening a
+    cache of all."""
+    write_corpus(root, 120_000, LENGTHS[:1])
+    splits = ("Train", "Development", "Test1")
     read, (utterances, problems) = timed("cpu", data.read_corpus, root)
     choose, utterances = timed("cpu", data.select, utterances, problems, splits)
     inspect, _ = timed("cpu", data.check_audio, utterances)
-    cached, state = str(root / "cache"), cache.audio_state(source)
-    os.mkdir(cached)
+    entry = ["shard-00000.pt", 0, 281, 0, cache.audio_state(utterances[0].path)]
     index = {"fingerprint": cache.cache_fingerprint("bench", 9, "float16", AUDIO), "seconds": 0.0}
-    index |= {"shards": {}, "utterances": {m: ["shard-00000.pt", 0, 281, 0, state] for m in names}}
-    cache.write_index(cached, index)
+    index |= {"shards": {}, "utterances": {u.name: entry for u in utterances}}
+    cache.write_index(root, index)
     parts = {split: [u for u in utterances if u.split == split] for split in splits}
-    args = SimpleNamespace(cached=True, cache=cached)
-    model = SimpleNamespace(cut=9, encoder=encoder)
+    args, model = SimpleNamespace(cached=True, cache=root), SimpleNamespace(cut=9, encoder=encoder)
     opened, _ = timed("cpu", train.make_datasets, args, parts, model, AUDIO, "bench")
     return {"labels": read + choose, "inspect_audio": inspect, "open_cache": opened}
 
 
 def measure_resampling(folder):
     """Seconds of sound a second of data.load_audio on a stereo file at 44.1 kHz."""
-    path, seconds = str(Path(folder, "44100.wav")), 11
+    path, seconds = str(folder / "44100.wav"), 11
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, (seconds * 44100, 2))
     soundfile.write(path, noise, 44100, subtype="PCM_16")
     return seconds / statistics.median(timed("cpu", data.load_audio, path)[0] for _ in range(9))
 
 
-def resident_child(kind, folder, n):
-    """Peak resident bytes of filling a cache with n utterances, or of a training epoch from it:
-    those of the process and of its largest worker."""
-    cached = str(Path(folder, f"resident-{n}"))
-    files = [data.Utterance(p.name, str(p), "Train", "1", 0.5, 0.5, soundfile.info(p).frames)
-             for p in sorted(Path(folder).glob("0*.wav"))]  # fmt: skip
-    if kind == "fill":
-        cache.SHARD_BYTES = 2**21  # so that the smaller cache has more than one shard, too
-        fill_noise(cached, repeated(files, n), TINY["hidden_size"])
-    else:
-        tiny_epoch(tiny_job("cpu"), cached, repeated(files, n))
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return sum(resource.getrusage(w).ru_maxrss for w in who) * unit
+def command(log, *line):
+    """Peak resident bytes of a Python command line in a process of its own."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, line)], cwd=ROOT, stdout=file, stderr=file
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{line[0]}: {Path(log).read_text().strip().splitlines()[-1]}")
+    return usage.ru_maxrss * 1024
 
 
-def measure_resident(folder, n=100):
-    """{fill or train: peak resident bytes with n and with 10 n utterances}."""
-    with ThreadPoolExecutor(2) as pool:
-        return {
-            kind: list(pool.map(lambda m, k=kind: child("resident", k, folder, m), (n, 10 * n)))
-            for kind in ("fill", "train")
-        }
+def measure_resident(folder):
+    """{fill or train: peak resident bytes with 100 and with 1,000 utterances}, of commands with a
+    tiny encoder. Utterances of one length, so that no batch is larger by chance."""
+    peaks, encoder = {"fill": [], "train": []}, folder / "tiny"
+    with quiet():
+        data.write_encoder(encoder, layers=1)
+    for n in (100, 1000):
+        root, out = folder / f"corpus-{n}", folder / f"cache-{n}"
+        write_corpus(root, n, LENGTHS[:1])
+        common = ["--data", str(root), "--model", str(encoder), "--device", "cpu"]
+        line = [*common, "--layer", "0", "--out", str(out)]
+        # shards so small that there are several of 100 utterances, too
+        code = f"import cache; cache.SHARD_BYTES = 2**20; cache.main({line})"
+        peaks["fill"].append(command(folder / "log", "-c", code))
+        line = [*common, "--cache", out, "--layers", 1, "--out", folder / f"run-{n}"]
+        peaks["train"].append(command(folder / "log", "train.py", *line, "--epochs", 1))
+    return peaks
 
 
-def row_child(name, device, chunk, caps):
+def measure_epochs(folder, utterances, device):
+    """{hours of speech: seconds of a training epoch of a tiny encoder from a cache}."""
+    with quiet():
+        encoder, _ = models.load_encoder(folder / "tiny")
+    job, seconds = Job(Row(layers=1, cached=True), encoder, device), {}
+    cached = fill_noise(folder / "tiny-cache", utterances, encoder.config.hidden_size)
+    for n in (1, 1, 2, 4, 8) * 3:
+        part = utterances[: n * len(utterances) // 8]
+        items = cache.CachedDataset(cached.folder, part, cached.index)
+        loader = train.make_loader(items, items.lengths, job.args, 1)
+        rest = job.optimizer, job.scaler, job.args, 1 / RATE, "epoch"
+        with quiet():
+            spent, _ = timed(device, train.train_epoch, job.model, loader, *rest)
+        hours = sum(u.samples for u in part) / RATE / 3600
+        seconds[hours] = min(seconds.get(hours, math.inf), spent)
+    return seconds
+
+
+def measure_data(options, encoder, mixed, folder):
+    """(targets, details) of loop, cache, audio path and sizes, on corpora in `folder`."""
+    device, gpu, targets, details = options.device, options.device == "cuda", {}, {}
+    write_corpus(folder / "corpus", 1280)
+    utterances, _ = data.check_audio(data.read_corpus(folder / "corpus")[0])
+    cached = fill_noise(folder / "cache", utterances[:600])
+    size = sum(path.stat().st_size for path in Path(cached.folder).iterdir())
+    targets["bytes_a_frame"] = size / sum(cached.lengths)
+    reading = details["cache_bytes_per_second"] = measure_reading(cached)
+    targets["shuffled_vs_ordered"] = reading["shuffled"] / reading["ordered"]
+    targets["resample_x_realtime"] = measure_resampling(folder)
+    progress("cache filling")
+    some = utterances[: 640 if gpu else 8 if options.quick else 24]
+    fill = details["fill_frames_per_second"] = measure_fill(encoder, some, folder, device)
+    if options.quick:
+        return targets, details
+    targets["fill_vs_prefix"] = fill["fill"] / fill["prefix"]
+    if gpu:
+        targets["fill_vs_one_at_a_time"] = fill["fill"] / fill["alone"]
+    # on a CPU a cached step of one layer: the loop's own cost is a larger part of a faster step
+    for key, row, steps, batch in (
+        ("_cached", Row("partial", 3 if gpu else 1, mixed, cached=True, exact=True), 18, 4),
+        ("", Row("partial", 3, mixed, freeze_prefix=True), 4, 2),
+    ):
+        progress(f"loop{key}")
+        batch, steps = (BATCH, 18) if gpu else (batch, steps)
+        items = data.SpeechDataset(utterances[: steps * batch], **AUDIO)
+        if row.cached:
+            items = cache.CachedDataset(cached.folder, items.utterances, cached.index)
+        lengths = [u.samples for u in items.utterances]
+        loop = measure_loop(Job(row, encoder, device, batch), items, lengths)
+        details[f"loop{key}"] = loop
+        targets[f"loop_overhead{key}"] = loop["overhead"]
+        targets[f"waiting_share{key}"] = loop["waiting_share"]
+    progress("sizes, and start-up with 150,000 label rows")
+    epochs = details["epoch_seconds_by_hours"] = measure_epochs(folder, utterances[:512], device)
+    logs = np.log(list(epochs)), np.log(list(epochs.values()))
+    targets["epoch_exponent"] = np.polyfit(*logs, 1)[0]
+    startup = details["startup_seconds"] = measure_startup(folder / "many", encoder)
+    targets["startup_seconds"] = startup["labels"]
+    targets["startup_cached_seconds"] = startup["labels"] + startup["open_cache"]
+    return targets, details
+
+
+def row_child(name, device, caps):
     """Two steps of a row at batch 32, the longest 11 s: peak bytes without caps; with caps in GB,
     from large to small, {cap: whether it fits}."""
-    options = SimpleNamespace(device=device, chunk=chunk)
-    samples = spread(32)
-    samples[samples.argmax()] = 11 * RATE
-    fits = {}
+    lengths, fits = LENGTHS.clone(), {}
+    lengths[-1] = 11 * RATE
     for cap in sorted(caps, reverse=True) or [None]:
-        if cap is not None:
+        if cap:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
         try:
-            batch = make_batch(samples, device)[ROWS[name].cached]
-            job = Job(ROWS[name], base_encoder().to(device), options, 32, {})
-            job.turn()
-            job.step(*batch)
-            job.step(*batch)
+            with Memory(device) as memory:
+                job = Job(ROWS[name], base_encoder(), device)
+                batch = make_batch(lengths, ROWS[name].cached, device)
+                job.step(*batch)
+                job.step(*batch)
             fits[cap] = True
         except torch.OutOfMemoryError:
-            fits[cap] = False
             break  # a smaller cap does not fit either
         finally:
             job = batch = None
             gc.collect()
-    return {cap: fits.get(cap, False) for cap in caps} if caps else train.peak_memory_bytes(device)
+            torch.cuda.empty_cache()
+    return [fits.get(cap, False) for cap in caps] or memory.peak
 
 
-CHILDREN = {"resident": resident_child, "row": row_child}
-
-
-def child(name, *arguments):
-    """The result of one of these functions in a process of its own."""
-    # through a shell that forks: Linux counts a parent's resident peak to the process it starts
-    shell = ["sh", "-c", '"$0" "$@"; exit $?']
-    command = [*shell, sys.executable, __file__, "--child", json.dumps([name, *arguments])]
+def child(*arguments):
+    """The result of row_child in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_data(options, encoder, faster, folder):
-    """(targets, details) of loop, cache, audio path and sizes, on a corpus in `folder`."""
-    device, gpu, targets, details = options.device, options.device == "cuda", {}, {}
-    steps = 40 if gpu else 4
-    utterances = write_corpus(folder, max(steps * options.batch, 16))
-    cached = str(Path(folder, "cached"))
-    many = repeated(utterances, max(len(utterances), 100 if options.quick else 600))
-    index = fill_noise(cached, many, WIDTH)
-    total = sum(entry[2] for entry in index["utterances"].values())
-    size = sum(path.stat().st_size for path in Path(cached).iterdir())
-    targets["bytes_a_frame"] = size / total
-    reading = details["cache_bytes_per_second"] = measure_reading(cached, many)
-    targets["shuffled_vs_ordered"] = reading["shuffled"] / reading["ordered"]
-    targets["resample_x_realtime"] = measure_resampling(folder)
-    progress("loop")
-    dataset = cached_dataset(cached, many[: len(utterances)])
-    loops = {"_cached": (Row(mixed=faster, cached=True, exact=True), dataset, dataset.lengths)}
-    if not options.quick:
-        lengths = [u.samples for u in utterances]
-        sound = data.SpeechDataset(utterances, **AUDIO)
-        loops[""] = Row(mixed=faster, freeze_prefix=True), sound, lengths
-    for key, (row, items, lengths) in loops.items():
-        loop = measure_loop(Job(row, encoder, options, options.batch, {}), items, lengths)
-        details[f"loop{key}"] = loop
-        targets[f"loop_overhead{key}"] = loop["overhead"]
-        targets[f"waiting_share{key}"] = loop["waiting_share"]
-    progress("cache filling")
-    some = utterances[: 320 if gpu else 4 if options.quick else 10]
-    fill = details["fill_frames_per_second"] = measure_fill(encoder, some, folder, device)
-    targets["fill_vs_prefix"] = fill["fill"] / fill["prefix"]
-    if gpu:
-        targets["fill_vs_one_at_a_time"] = fill["fill"] / fill["alone"]
-    if options.quick:
-        return targets, details
-    progress("sizes, start-up, resident memory")
-    epochs = details["epoch_seconds_by_hours"] = measure_sizes(folder, utterances, device)
-    hours, seconds = np.log(list(epochs)), np.log(list(epochs.values()))
-    targets["epoch_exponent"] = np.polyfit(hours, seconds, 1)[0]
-    startup = details["startup_seconds"] = measure_startup(folder, utterances[0].path, encoder)
-    targets["startup_seconds"] = startup["labels"]
-    targets["startup_cached_seconds"] = startup["labels"] + startup["open_cache"]
-    details["resident_bytes"] = measure_resident(folder)
-    for kind, (small, large) in details["resident_bytes"].items():
-        targets[f"resident_memory_{kind}"] = large / small
-    return targets, details
+def table_2(sizes):
+    """{row: [fits]}, printed. A cap on what PyTorch allocates is not a card."""
+    print("\nTable II at batch 32, each row in its own process; a cap, not a card:")
+    print(f"{'':32}" + "".join(f"{gb:>7g} GB" for gb in sizes))
+    table = {}
+    for name in TABLE_2:
+        table[name] = child(name, "cuda", sizes)
+        print(f"{name:32}" + "".join(f"{'✓' if fits else '✗':>10}" for fits in table[name]))
+    return table
 
 
-def show_rows(results, rates, batch):
-    print(f"\n{'':32} s/step  faster  at 32 speech-s/s  peak GB    limit  useful    hours  paper's")
+def show_rows(results, rates):
+    print(f"\n{'':32} s/step  faster  speech-s/s  peak GB    limit  useful    hours  paper's")
     for r in results:
-        peak = r["peak_memory_bytes"] and f"{r['peak_memory_bytes'] / 1e9:.2f}"
-        factors = [f"{r[key]:.1f}" if key in r else "-" for key in FACTORS]
-        print(f"{r['name']:32}{r['seconds_per_step']:7.3f} {factors[0]:>7} {factors[1]:>6} "
-              f"{r['speech_seconds_per_second']:10.1f} {peak or '-':>8} {r['share_of_limit']:8.0%} "
-              f"{r['useful_share_of_limit']:7.0%} {r['hours_5_epochs']:8.2f} "
-              f"{r['paper_hours'] or '-':>8}")  # fmt: skip
-    print(f"Batch {batch}. The paper's hours: cached rows on an RTX 2080 Ti, others on an A40.")
+        print(f"{r['name']:32}{r['seconds_per_step']:7.3f} {r['factor_vs_full']:7.1f} "
+              f"{r['speech_seconds_per_second']:11.1f} {r['peak_memory_bytes'] / 1e9:8.2f} "
+              f"{r['share_of_limit']:8.0%} {r['useful_share_of_limit']:7.0%} "
+              f"{r['hours_5_epochs']:8.2f} {r['paper_hours'] or '-':>8}")  # fmt: skip
+    print("The paper's hours: cached rows on an RTX 2080 Ti, others on an A40.")
     print("Limit:", ", ".join(f"{p} {rate / 1e12:.3g} TFLOP/s" for p, rate in rates.items()))
-    if rates["fp32"] > min(rates.values()):
+    if rates.get("fp32", 0) > rates.get("mixed", math.inf):
         print("Mixed precision multiplies more slowly here: take the fp32 rows (--precision fp32).")
 
 
-def show_targets(targets):
+def show_targets(targets, details):
     print()
     for name, value in targets.items():
-        sign, limit = TARGETS.get(name, (None, None))
-        verdict = "" if sign is None else f"target {sign} {limit:g}: "
-        if sign:
+        line = f"{name:42} {value:10.4g}"
+        if name in TARGETS:
+            sign, limit = TARGETS[name]
             met = value >= limit if sign == ">=" else value <= limit
-            verdict += "met" if met else f"missed by {abs(value / limit - 1):.0%}"
-        print(f"{name:42} {value:10.4g}  {verdict}".rstrip())
+            verdict = "met" if met else f"missed by {abs(value / limit - 1):.0%}"
+            line += f"  target {sign} {limit:g}: {verdict}"
+        print(line)
     missing = [name for name in TARGETS if name not in targets]
     if missing:
         print("not measured in this run:", ", ".join(missing))
-
-
-def show_cost(details):
-    """Size of a cache of MSP-Podcast and the time of filling it."""
-    frames = sum(SEGMENTS.values()) * MEAN_SECONDS * FRAMES_A_SECOND
+    frames = sum(SEGMENTS.values()) * quantiles(np.linspace(0, 1, 999)).mean() * FRAMES_A_SECOND
     hours = frames / details["fill_frames_per_second"]["fill"] / 3600
     print(f"\nA float16 cache of {', '.join(SEGMENTS)}: {frames * 2 * WIDTH / 1e9:.0f} GB, "
           f"filled in {hours:.1f} hours on this machine.")  # fmt: skip
-
-
-def table_2(options):
-    """{row: {GB: fits}}, printed. A cap on what PyTorch allocates is not a card."""
-    print("\nTable II at batch 32, each row in its own process; a cap, not a card:")
-    print(f"{'':32}" + "".join(f"{gb:>7g} GB" for gb in options.memory))
-    table = {}
-    for name in TABLE_2:
-        table[name] = child("row", name, "cuda", options.chunk, options.memory)
-        print(
-            f"{name:32}" + "".join(f"{'✓' if fits else '✗':>10}" for fits in table[name].values())
-        )
-    return table
 
 
 def parse_args(argv):
@@ -723,68 +640,61 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch", type=int, help="32 on CUDA; 2 on a CPU")
-    add("--chunk", type=int, default=4, help="train.py's at batch 32 (4), scaled with --batch")
+    add("--batch", type=int, help="utterances of the 32 that are run: 32 on CUDA; 1 on a CPU")
     add("--rows", help=f"comma-separated, of: {', '.join(ROWS)}")
-    add("--rounds", type=int, help="turns of each row: 5 on CUDA, 2 on a CPU")
+    add("--quick", action="store_true", help="fewer rows and targets")
     add("--json", metavar="FILE", help="write all figures there")
-    add("--quick", action="store_true", help="fewer rows, turns and targets")
-    add("--rows-only", action="store_true", help="steps only: no loop, cache and other targets")
-    add("--memory", type=float, nargs="+", metavar="GB", help="CUDA: caps for Table II (11 48)")
-    add("--memory-check", action="store_true", help="on a CPU, too: peaks of full at batch 32")
+    add("--memory", type=float, nargs="*", metavar="GB",
+        help="peaks of full at batch 32; on CUDA Table II for these caps, too (11 48)")  # fmt: skip
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and options.device != "cpu"
-    if options.device == "cuda" and not gpu or options.memory and not gpu:
-        parser.error("--device cuda and --memory need a CUDA device")
+    if (options.device == "cuda" or options.memory) and not gpu:
+        parser.error("--device cuda and caps for --memory need a CUDA device")
     options.device = "cuda" if gpu else "cpu"
-    options.batch = options.batch or (32 if gpu else 2)
-    options.rounds = options.rounds or (5 if gpu and not options.quick else 2)
-    options.memory = options.memory or ([11.0, 48.0] if gpu and not options.quick else [])
+    options.batch = options.batch or (BATCH if gpu else 1)
+    if gpu and not options.quick:
+        options.memory = options.memory or [11.0, 48.0]
     options.rows = options.rows.split(",") if options.rows else QUICK if options.quick else [*ROWS]
     options.rows = [name.strip() for name in options.rows]
     unknown = [name for name in options.rows if name not in ROWS]
-    if unknown or options.batch < 2 or options.chunk < 1:
-        parser.error(f"unknown rows {unknown}" if unknown else "--batch from 2, --chunk from 1")
+    if unknown or not 1 <= options.batch <= BATCH:
+        parser.error(f"unknown rows {unknown}" if unknown else f"--batch 1 to {BATCH}")
     return options
 
 
 def main(argv=None):
     options = parse_args(argv)
     if options.child:
-        name, *arguments = json.loads(options.child)
-        return print(json.dumps(CHILDREN[name](*arguments)))
-    device = options.device
-    base = resident() if Path("/proc/self/status").exists() else 0
-    encoder = base_encoder().to(device)
+        return print(json.dumps(row_child(*json.loads(options.child))))
+    device, base = options.device, Memory("cpu").now()
     cpu = platform.processor() or platform.machine()
     machine = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results, rates = measure_rows(options, encoder, base)
-    gc.collect()
-    show_rows(results, rates, options.batch)
-    targets, details, table = row_targets(results), {}, {}
-    if not options.rows_only:
-        faster = device == "cuda" or rates["bf16"] > rates["fp32"]
-        with tempfile.TemporaryDirectory() as folder:
-            more, details = measure_data(options, encoder, faster, folder)
-        targets |= more
-    if options.memory_check or device == "cuda" and not options.quick:
-        names = "full fp32", "full exact chunk recompute fp32"
-        peaks = [child("row", name, device, 4, []) for name in names]
-        details["peak_bytes_at_32"] = dict(zip(names, peaks, strict=True))
-        targets["recompute_memory"] = peaks[1] / peaks[0]
-    show_targets(targets)
-    if details:
-        show_cost(details)
+    targets, details, table = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.quick:  # before this process grows: Linux counts that to those it starts
+            progress("resident memory")
+            peaks = details["resident_bytes"] = measure_resident(Path(folder))
+            targets = {f"resident_memory_{kind}": p[1] / p[0] for kind, p in peaks.items()}
+        encoder = base_encoder()
+        results, rates = measure_rows(options, encoder, base)
+        show_rows(results, rates)
+        mixed = rates.get("mixed", 0) > rates.get("fp32", 0)
+        more = measure_data(options, encoder, mixed, Path(folder))
+    targets, details = row_targets(results) | more[0] | targets, details | more[1]
+    if options.memory is not None:
+        peaks = details["peak_bytes_at_32"] = {name: child(name, device, []) for name in PEAKS}
+        targets["recompute_memory"] = peaks[PEAKS[1]] / peaks[PEAKS[0]]
+    show_targets(targets, details)
     if options.memory:
-        table = table_2(options)
+        table = table_2(options.memory)
+    progress("done")
     if options.json:
-        machine |= {"matmul_flops_per_second": rates, "batch": options.batch}
-        figures = {"machine": machine, "rows": results, "targets": targets, "thresholds": TARGETS}
-        figures |= {"details": details, "table_2": table}
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+        figures = {"machine": machine | {"matmul_flops_per_second": rates}, "rows": results}
+        figures |= {"targets": targets, "thresholds": TARGETS, "details": details}
+        Path(options.json).write_text(json.dumps(figures | {"table_2": table}, indent=1))
 
 
 if __name__ == "__main__":
