@@ -50,10 +50,8 @@ def atomic(path, mode="wb"):
             os.unlink(temporary)
         if isinstance(error, OSError | RuntimeError):  # the second: what torch.save makes of it
             reason = str(error).splitlines()[0]
-            raise OSError(
-                f"cannot write {path}: {reason}. What was finished before is kept; make room and "
-                "run the same again"
-            ) from error
+            advice = "What was finished before is kept; make room and run the same again"
+            raise OSError(f"cannot write {path}: {reason}. {advice}") from error
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
@@ -70,9 +68,8 @@ def lock(folder):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise OSError(
-                f"{folder} is in use by another process; wait for it or give another folder"
-            ) from error
+            reason = "is in use by another process; wait for it or give another folder"
+            raise OSError(f"{folder} {reason}") from error
         yield
 
 
@@ -96,14 +93,10 @@ def read_index(folder):
         intact = index["checksum"] == index_checksum(index)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; fill the cache first (cache.py)") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}); delete {folder} and fill it again"
-        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
     if not intact:
-        raise ValueError(
-            f"{path} was changed after it was written; delete {folder} and fill it again"
-        )
+        raise ValueError(f"{path} is damaged or was changed; delete {folder} and fill it again")
     return index
 
 
@@ -113,9 +106,7 @@ def compare(folder, index, fingerprint):
     differing = [key for key in fingerprint if found.get(key) != fingerprint[key]]
     if differing:
         what = "; ".join(f"{key} {found.get(key)}, not {fingerprint[key]}" for key in differing)
-        raise ValueError(
-            f"the cache {folder} was made with another {what}. Fill a cache in another folder"
-        )
+        raise ValueError(f"the cache {folder} was made with another {what}. Fill one elsewhere")
 
 
 def checksum(name, hidden):
@@ -155,10 +146,8 @@ def read_shard(path):
     try:
         return torch.load(path, mmap=True, weights_only=True)["hidden"].detach()
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
-        raise ValueError(
-            f"{path} is damaged or missing ({type(error).__name__}); delete it and run the same "
-            "cache.py again"
-        ) from error
+        reason = f"is damaged or missing ({type(error).__name__})"
+        raise ValueError(f"{path} {reason}; delete it and run the same cache.py again") from error
 
 
 def read_utterance(folder, index, name):
@@ -172,9 +161,8 @@ def read_utterance(folder, index, name):
     try:
         hidden = read_shard(Path(folder, shard))[offset : offset + frames].clone()
         if checksum(name, hidden) != expected:
-            raise ValueError(
-                f"{Path(folder, shard)} is damaged; delete it and run the same cache.py again"
-            )
+            path = Path(folder, shard)
+            raise ValueError(f"{path} is damaged; delete it and run the same cache.py again")
     except Exception as error:  # as in read_shard
         raise ValueError(f"utterance {name}: {error}") from error
     return hidden
@@ -324,13 +312,8 @@ def verify(folder, utterances):
 
 def cache_fingerprint(digest, layer, dtype, audio):
     """What a cache's contents depend on, besides the audio files."""
-    return {
-        "encoder": digest,
-        "layer": layer,
-        "dtype": dtype,
-        **audio,
-        "padding": "each utterance as if alone",
-    }
+    rule = "each utterance as if alone"
+    return {"encoder": digest, "layer": layer, "dtype": dtype, **audio, "padding": rule}
 
 
 def parse_args(argv):
@@ -338,38 +321,19 @@ def parse_args(argv):
         usage="python cache.py --data ROOT --out DIR [--layer 9] [options]",
         description="Fill or verify a cache of the frozen layers' outputs.",
     )
-    parser.add_argument("--data", required=True, help="corpus folder")
-    parser.add_argument("--out", required=True, help="cache folder; what it holds already is kept")
-    parser.add_argument(
-        "--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder"
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        default=9,
-        help="cache the input of this transformer layer; -3: of the third last",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)"
-    )
-    parser.add_argument(
-        "--splits", nargs="+", default=["Train", "Development", "Test1"], help="what to cache"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read everything back and compare with its checksums"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="go on without utterances that cannot be used"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=8,
-        help="utterances a pass; changes speed, not the numbers",
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode audio")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("--data", required=True, help="corpus folder")
+    add("--out", required=True, help="cache folder; what it holds already is kept")
+    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder")
+    add("--layer", type=int, default=9, help="cache this layer's input; -3: the third last's")
+    add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
+    add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="what to cache")
+    add("--verify", action="store_true", help="read everything back; compare with its checksums")
+    add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
+    add("--batch-size", type=int, default=8, help="utterances a pass; for speed, changes no number")
+    add("--workers", type=int, default=2, help="processes that decode audio")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size must be at least 1, --workers at least 0")
@@ -434,14 +398,12 @@ def main(argv=None):
         print("interrupted: finished shards are kept; the same command continues", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
-        parser.error(
-            f"out of memory; finished shards are kept: --batch-size {args.batch_size // 2}"
-        )
+        smaller = max(1, args.batch_size // 2)
+        parser.error(f"out of memory; finished shards are kept: --batch-size {smaller}")
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        message = str(error).strip().splitlines()[-1]  # of a worker's: the line that says what
-        parser.error(message)
+        parser.error(str(error).strip().splitlines()[-1])  # of a worker's: the line that says what
 
 
 if __name__ == "__main__":

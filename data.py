@@ -32,19 +32,11 @@ LABEL_FOLDERS = ("labels", "label")  # compared in lower case: Labels, labels (1
 LABEL_FILES = ("labels_consensus.csv", "labels_concensus.csv")  # the second until 1.9
 AUDIO_FOLDERS = ("audios", "audio")
 COLUMNS = ("FileName", "EmoAct", "EmoVal", "SpkrID", "Split_Set")
-AUDIO_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".mp3",
-    ".aiff",
-)  # when a folder is searched for files to predict
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")  # of files to predict in a folder
 SPLITS = ("Train", "Development", "Test1", "Test2", "Test3")
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # 1.6 and 1.8
 UNLABELLED = "Test3"  # its labels are withheld
 MIN_SECONDS, MAX_SECONDS = 0.025, 60.0  # one frame of the CNN; MSP-Podcast ends at 11 s
-
-
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
 
 
@@ -68,7 +60,7 @@ def find(folder, names, what):
     """Path of the first entry of `folder` whose name in lower case is one of `names`."""
     if not os.path.isdir(folder):
         raise NotADirectoryError(
-            f"{folder} is not a folder; a corpus is a folder with Audios/ and Labels/"
+            f"{folder} is not a folder; a corpus has Audios/ and Labels/ in it"
         )
     entries = {entry.lower(): entry for entry in sorted(os.listdir(folder))}
     for name in names:
@@ -105,10 +97,8 @@ def read_corpus(root):
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames}")
-            rows = [
-                (reader.line_num, *((row[column] or "").strip() for column in COLUMNS))
-                for row in reader
-            ]
+            cells = ([(row[column] or "").strip() for column in COLUMNS] for row in reader)
+            rows = [(reader.line_num, *row) for row in cells]
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{labels} is not a label file in UTF-8 with commas: {error}") from error
     for line, name, activation, valence, speaker, split in rows:
@@ -271,12 +261,8 @@ def collate(items):
     targets (B, 2), indices (B,)."""
     inputs, targets, indices = zip(*items, strict=True)
     lengths = torch.tensor([len(x) for x in inputs])
-    return (
-        pad_sequence(inputs, batch_first=True),
-        lengths,
-        torch.stack(targets),
-        torch.tensor(indices),
-    )
+    inputs = pad_sequence(inputs, batch_first=True)
+    return inputs, lengths, torch.stack(targets), torch.tensor(indices)
 
 
 def synthesize(activation, valence, voice, rng, sample_rate=16000):
@@ -307,12 +293,16 @@ def synthesize(activation, valence, voice, rng, sample_rate=16000):
     return 0.5 * wave / np.abs(wave).max() + 0.001 * rng.normal(size=len(wave))
 
 
-def write_demo(
-    root, seed=0, speakers=(("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))
-):
-    """A corpus in the MSP-Podcast layout: for each split so many speakers with so many utterances,
-    none in two splits. The labels are what the sound was made from plus noise, on the scale 1 to
-    7."""
+SPEAKERS = (
+    ("Train", 12, 32),
+    ("Development", 4, 24),
+    ("Test1", 4, 32),
+)  # speakers, utterances of each
+
+
+def write_demo(root, seed=0, speakers=SPEAKERS):
+    """A corpus in the MSP-Podcast layout, no speaker in two splits. The labels are what the sound
+    was made from plus noise, on the scale 1 to 7."""
     rng = np.random.default_rng(seed)
     audio, labels = Path(root, "Audios"), Path(root, "Labels")
     audio.mkdir(parents=True, exist_ok=True)
@@ -322,24 +312,17 @@ def write_demo(
         for _ in range(n_speakers):
             speaker += 1
             female = speaker % 2
-            voice = (
-                rng.uniform(170, 230) if female else rng.uniform(95, 130),
-                rng.uniform(0.95, 1.05) + 0.1 * female,
-            )
+            f0 = rng.uniform(170, 230) if female else rng.uniform(95, 130)
+            voice = f0, rng.uniform(0.95, 1.05) + 0.1 * female
             for i in range(n_utterances):
                 activation, valence = rng.uniform(0, 1, 2)
                 name = f"DEMO_{speaker:04}_{i:04}.wav"
-                soundfile.write(
-                    audio / name,
-                    synthesize(activation, valence, voice, rng),
-                    16000,
-                    subtype="PCM_16",
-                )
-                noisy = np.clip(
-                    1 + 6 * np.array([activation, valence]) + 0.3 * rng.normal(size=2), 1, 7
-                )
+                wave = synthesize(activation, valence, voice, rng)
+                soundfile.write(audio / name, wave, 16000, subtype="PCM_16")
+                label = 1 + 6 * np.array([activation, valence]) + 0.3 * rng.normal(size=2)
                 gender = "Female" if female else "Male"
-                rows.append([name, "X", *(f"{x:.3f}" for x in noisy), "", speaker, gender, split])
+                label = (f"{x:.3f}" for x in np.clip(label, 1, 7))
+                rows.append([name, "X", *label, "", speaker, gender, split])
     header = ["FileName", "EmoClass", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Gender", "Split_Set"]
     with open(labels / "labels_consensus.csv", "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -378,12 +361,11 @@ def report(root):
         if part:
             hours = sum(u.samples for u in part) / 16000 / 3600
             speakers = len({u.speaker for u in part} - {"Unknown"})
-            means = [
-                1 + 6 * np.mean([getattr(u, a) for u in part]) for a in ("activation", "valence")
-            ]
+            labels = np.array([(u.activation, u.valence) for u in part])
+            activation, valence = 1 + 6 * labels.mean(0)
             print(
-                f"{split:12} {len(part):10,} {speakers:8,} {hours:7.2f} {means[0]:10.2f} "
-                f"{means[1]:8.2f}"
+                f"{split:12} {len(part):10,} {speakers:8,} {hours:7.2f} {activation:10.2f} "
+                f"{valence:8.2f}"
             )
     for kind, n in Counter(p.kind for p in problems).most_common():
         print(f"{n} x {kind}")
@@ -404,11 +386,7 @@ def main(argv=None):
         description="Check a corpus, or write the synthetic one.",
     )
     parser.add_argument("root", help="folder with Audios/ and Labels/")
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="write a synthetic corpus and a tiny random encoder there",
-    )
+    parser.add_argument("--demo", action="store_true", help="write a synthetic corpus and encoder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     try:

@@ -62,36 +62,28 @@ class EmotionModel(nn.Module):
         an utterance does not change (section IV-C)."""
         super().train(mode)
         encoder = self.encoder.encoder
-        front = (
-            self.encoder.feature_extractor,
-            self.encoder.feature_projection,
-            encoder.pos_conv_embed,
-        )
-        for part in (*front, encoder.layer_norm, *encoder.layers):
+        front = self.encoder.feature_extractor, self.encoder.feature_projection
+        for part in (*front, encoder.pos_conv_embed, encoder.layer_norm, *encoder.layers):
             part.train(mode and any(p.requires_grad for p in part.parameters()))
         encoder.dropout.train(encoder.layer_norm.training)
         return self
 
     def frames(self, samples):
-        """Number of frames (B,) that the convolutions make of `samples` (B,); also of plain
-        ints."""
-        for kernel, stride in zip(
-            self.encoder.config.conv_kernel, self.encoder.config.conv_stride, strict=True
-        ):
+        """Frames (B,) that the convolutions make of `samples` (B,); also of a plain int."""
+        config = self.encoder.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
     @torch.no_grad()
     def features(self, wave, samples):
-        """The CNN, frozen in every method: wave (B, S) float, samples (B,) int -> (B, T, C), frames
-        (B,)."""
+        """The CNN, frozen in every method: wave (B, S) float, samples (B,) int -> features (B, T, C),
+        frames (B,)."""
         cnn, frames = self.encoder.feature_extractor, self.frames(samples)
         if self.padding == "paper" or self.encoder.config.feat_extract_norm == "layer":
             return cnn(wave).transpose(1, 2), frames
         features = None
-        for (
-            length
-        ) in samples.unique().tolist():  # one pass for each length: no waveform meets padding
+        for length in samples.unique().tolist():  # a pass each: no waveform meets padding
             rows = samples == length
             part = cnn(wave[rows, :length]).transpose(1, 2)  # (rows, T, C)
             if features is None:
@@ -100,13 +92,11 @@ class EmotionModel(nn.Module):
         return features, frames
 
     def embed(self, features, frames):
-        """Projection, positional convolution and LayerNorm: (B, T, C) -> hidden states before layer
-        0 (B, T, D)."""
+        """Projection, positional convolution and LayerNorm: features (B, T, C) -> (B, T, D), the
+        hidden states before layer 0."""
         encoder = self.encoder.encoder
         hidden, _ = self.encoder.feature_projection(features)
-        if (
-            self.padding == "exact"
-        ):  # the convolution's own padding is zeros: zeros here change nothing
+        if self.padding == "exact":  # the convolution pads with zeros itself
             hidden = hidden * self.is_frame(hidden, frames)[..., None]
         return encoder.dropout(encoder.layer_norm(hidden + encoder.pos_conv_embed(hidden)))
 
@@ -125,14 +115,14 @@ class EmotionModel(nn.Module):
         return hidden
 
     def prefix(self, wave, samples, layer):
-        """All before transformer layer `layer`: wave (B, S) float, samples (B,) -> hidden (B, T,
-        D), frames (B,)."""
+        """All before transformer layer `layer`: wave (B, S) float, samples (B,) -> hidden states
+        (B, T, D), frames (B,)."""
         features, frames = self.features(wave, samples)
         return self.run_layers(self.embed(features, frames), frames, 0, layer), frames
 
     def suffix(self, hidden, frames, layer):
-        """All from transformer layer `layer` on: hidden (B, T, D), frames (B,) -> (B, 2):
-        activation and valence, on the scale 0 to 1 (unbounded)."""
+        """All from transformer layer `layer` on: hidden (B, T, D), frames (B,) -> (B, 2), activation
+        and valence on the scale 0 to 1, unbounded."""
         hidden = self.run_layers(hidden, frames, layer, None)
         if self.padding == "exact":
             hidden = hidden * self.is_frame(hidden, frames)[..., None]
@@ -151,8 +141,7 @@ class EmotionModel(nn.Module):
         return self.prefix(wave, samples, self.cut)
 
     def trained(self, hidden, frames):
-        """From the first trainable parameter on; a cache stores this function's input: -> (B,
-        2)."""
+        """From the first trainable parameter on -> (B, 2). A cache stores this function's input."""
         if self.cut is None:
             return self.suffix(self.embed(hidden, frames), frames, 0)
         return self.suffix(hidden, frames, self.cut)
@@ -179,9 +168,8 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x):
-        return self.base(x) + self.scale * F.linear(
-            F.linear(self.dropout(x), self.lora_a), self.lora_b
-        )
+        low = F.linear(self.dropout(x), self.lora_a)  # (..., rank)
+        return self.base(x) + self.scale * F.linear(low, self.lora_b)
 
     @torch.no_grad()
     def merge(self):
@@ -253,9 +241,7 @@ def load_encoder(name):
     audio = from_pretrained(AutoFeatureExtractor, name)
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if missing:
-        raise ValueError(
-            f"{name}: the checkpoint lacks {len(missing)} weights, first {min(missing)}"
-        )
+        raise ValueError(f"{name}: lacks {len(missing)} weights, the first {min(missing)}")
     return encoder, {"sample_rate": audio.sampling_rate, "normalise": audio.do_normalize}
 
 
@@ -316,9 +302,7 @@ def load_run(run):
     ValueError."""
     path = Path(run, "best.pt")
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; give the folder of a run that has finished an epoch"
-        )
+        raise FileNotFoundError(f"{path}: no such file; give a run that has finished an epoch")
     settings, weights, expected = read_checkpoint(path, "settings", "weights", "encoder")
     model, audio, digest = build(settings)
     if digest != expected:
@@ -336,9 +320,8 @@ def predict(args):
     files = []  # (FileName, path)
     for path in map(Path, args.audio):
         inside = sorted(path.rglob("*")) if path.is_dir() else []
-        found = [
-            (f.relative_to(path), f) for f in inside if f.suffix.lower() in data.AUDIO_SUFFIXES
-        ]
+        inside = [f for f in inside if f.suffix.lower() in data.AUDIO_SUFFIXES]
+        found = [(f.relative_to(path), f) for f in inside]
         if path.is_dir() and not found:
             raise ValueError(f"{path}: no audio files ({', '.join(data.AUDIO_SUFFIXES)}) in it")
         files += found or [(path.name, path)]
@@ -355,9 +338,8 @@ def predict(args):
             wave = torch.from_numpy(data.normalise(wave) if audio["normalise"] else wave).to(device)
             with torch.no_grad():
                 unit = model(wave[None], torch.tensor([len(wave)], device=device))[0].tolist()
-            writer.writerow(
-                [name, *(f"{1 + 6 * x:.4f}" for x in unit), *(f"{x:.6f}" for x in unit)]
-            )
+            scaled = (f"{1 + 6 * x:.4f}" for x in unit)
+            writer.writerow([name, *scaled, *(f"{x:.6f}" for x in unit)])
 
 
 def export(args):
@@ -391,9 +373,7 @@ def export(args):
         do_normalize=audio["normalise"],
         sampling_rate=audio["sample_rate"],
     ).save_pretrained(args.out)
-    print(
-        f"{args.out}: for transformers.AutoModelForAudioClassification.from_pretrained({args.out!r})"
-    )
+    print(f"{args.out}: AutoModelForAudioClassification.from_pretrained({args.out!r}) loads it")
 
 
 def params(args):
@@ -422,9 +402,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("predict", help="predict audio files with a trained run")
     command.add_argument("run", help="a run folder of train.py")
-    command.add_argument(
-        "audio", nargs="+", help="audio files, or folders of them, of any sample rate and channels"
-    )
+    command.add_argument("audio", nargs="+", help="audio files of any kind, or folders of them")
     command.add_argument("--csv", help="write here instead of the terminal")
     command.set_defaults(function=predict)
     command = commands.add_parser("export", help="write a Hugging Face folder")

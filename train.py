@@ -140,7 +140,7 @@ def evaluate(model, loader, args):
         predictions[rows] = batch.float().cpu()
     if not predictions.isfinite().all():
         raise ValueError(
-            "the model predicts NaN or infinity; try a smaller --lr or --precision fp32"
+            "the model predicts NaN or infinity; try --precision fp32 or a smaller --lr"
         )
     targets = torch.tensor([[u.activation, u.valence] for u in utterances])
     activation, valence = ccc(predictions, targets).tolist()
@@ -217,9 +217,8 @@ def make_datasets(args, splits, model, audio, encoder):
 
 def describe(args, model, splits, encoder, index):
     """The part of result.json that is known before training."""
-    rows = sorted(
-        (u.name, u.activation, u.valence, u.split) for part in splits.values() for u in part
-    )
+    utterances = [u for part in splits.values() for u in part]
+    rows = sorted((u.name, u.activation, u.valence, u.split) for u in utterances)
     keys = ("method", "precision", "padding", "freeze_prefix", "chunk", "recompute", "seed")
     keys += ("epochs", "batch_size", "lr", "dropout", "rank", "alpha", "lora_dropout", "model")
     device = f"CPU, {torch.get_num_threads()} threads"
@@ -250,16 +249,12 @@ def check_config(args, inputs):
     if not path.exists():
         return
     if not args.resume:
-        raise ValueError(
-            f"{args.out} holds a run already; --resume continues it, or give another --out"
-        )
+        raise ValueError(f"{args.out} holds a run; --resume continues it, or give another --out")
     before, now = read_json(path), vars(args) | inputs
     differing = [key for key in now if key not in NOT_THE_RUN and before.get(key) != now[key]]
     if differing:
         what = ", ".join(f"{key} {before.get(key)}" for key in differing)
-        raise ValueError(
-            f"{args.out} was started with {what}; give the same arguments, or another --out"
-        )
+        raise ValueError(f"{args.out} was started with {what}; give the same, or another --out")
 
 
 def save_epoch(args, history, model, optimizer, scaler):
@@ -321,15 +316,13 @@ def run(args):
     check_config(args, inputs)
     config = {**vars(args), **inputs, "versions": result["versions"]}
     write_json(Path(args.out, "config.json"), config)
-    print(
-        f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters are trained"
-    )
+    trained, total = result["trainable_parameters"], result["total_parameters"]
+    print(f"{trained:,} of {total:,} parameters are trained")
     try:
         fit(args, model.to(args.device), settings, datasets, seconds, result)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(
-            error, (torch.OutOfMemoryError, MemoryError)
-        ) and "allocate memory" not in str(error):
+        kinds = torch.OutOfMemoryError, MemoryError
+        if not isinstance(error, kinds) and "allocate memory" not in str(error):
             raise
         result |= {"out_of_memory": True, "peak_memory_bytes": peak_memory_bytes(args.device)}
         write_json(Path(args.out, "result.json"), result)
@@ -355,21 +348,12 @@ def fit(args, model, settings, datasets, seconds, result):
         middle = time.perf_counter()
         _, dev = evaluate(model, make_loader(*datasets[dev_split], args), args)
         end = time.perf_counter()
-        line = {
-            "epoch": epoch,
-            "loss": loss,
-            "dev": dev,
-            "train_seconds": middle - start,
-            "eval_seconds": end - middle,
-        }
-        history.append({**line, "peak_memory_bytes": peak_memory_bytes(args.device)})
-        if max(history, key=score) is history[-1]:
-            best = {
-                "settings": settings,
-                "encoder": result["encoder"],
-                "weights": models.trainable(model),
-            }
-            save(Path(args.out, "best.pt"), best)
+        line = {"epoch": epoch, "loss": loss, "dev": dev, "train_seconds": middle - start}
+        line |= {"eval_seconds": end - middle, "peak_memory_bytes": peak_memory_bytes(args.device)}
+        history.append(line)
+        if max(history, key=score) is line:
+            best = {"settings": settings, "encoder": result["encoder"]}
+            save(Path(args.out, "best.pt"), best | {"weights": models.trainable(model)})
         save_epoch(args, history, model, optimizer, scaler)
         print(
             f"{title}  loss {loss:.4f}  Development activation {dev['activation']:.4f} "
@@ -402,9 +386,8 @@ def fit(args, model, settings, datasets, seconds, result):
 def demo(folder):
     """The recommended run on a synthetic corpus and a tiny random encoder, through the same
     commands as a real one."""
-    corpus, encoder, cached, out = (
-        str(Path(folder, name)) for name in ("corpus", "encoder", "cache", "run")
-    )
+    names = "corpus", "encoder", "cache", "run"
+    corpus, encoder, cached, out = (str(Path(folder, name)) for name in names)
     times = [time.perf_counter()]
     if not Path(encoder, "preprocessor_config.json").exists():  # written last
         data.write_demo(corpus)
@@ -433,30 +416,19 @@ def parse_args(argv):
     add(
         "--demo",
         action="store_true",
-        help="the recommended run on synthetic speech, in the folder --out (demo)",
+        help="the recommended run on synthetic speech, in --out (demo)",
     )
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
-    add(
-        "--model",
-        default="facebook/wav2vec2-base",
-        help="encoder: hub id or local folder (section IV-A)",
-    )
+    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder (IV-A)")
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue after the last finished epoch, if there is one",
-    )
+    add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     add("--splits", nargs=3, default=["Train", "Development", "Test1"], metavar=("TRAIN", "DEV", "TEST"),
         choices=[s for s in data.SPLITS if s != data.UNLABELLED], help="Train Development Test1 (section III)")  # fmt: skip
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     add(
-        "--method",
-        choices=("full", "partial", "lora"),
-        default="partial",
-        help="partial is recommended (default)",
+        "--method", choices=("full", "partial", "lora"), default="partial", help="partial (default)"
     )
     add("--layers", type=int, help="train the last n transformer layers (partial: 3; lora: all)")
     add("--rank", type=int, help="lora: 8")
@@ -464,29 +436,12 @@ def parse_args(argv):
     add("--lora-dropout", type=float, help="lora: .1")
     add("--dropout", type=float, default=0.2, help="before the heads: .2 (section IV-A)")
     add = parser.add_argument_group("efficiency").add_argument
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="fp16 is the paper's mixed precision (default on CUDA; bf16 on a CPU)",
-    )
+    add("--precision", choices=PRECISIONS, help="fp16, the paper's, on CUDA; bf16 on a CPU")
     add("--cache", help="train from this cache of cache.py (section IV-C)")
-    add(
-        "--freeze-prefix",
-        action="store_true",
-        help="partial: freeze all before the trained layers, as a cache does",
-    )
-    add("--padding", choices=("paper", "exact"), default="paper",
-        help="exact: a prediction does not depend on its batch (section IV-B; README)")  # fmt: skip
-    add(
-        "--chunk",
-        type=int,
-        help="run the batch through the model so many utterances at a time, with one loss",
-    )
-    add(
-        "--recompute",
-        action="store_true",
-        help="compute a chunk's activations again in the backward pass (II-D)",
-    )
+    add("--freeze-prefix", action="store_true", help="partial: freeze what a cache freezes")
+    add("--padding", choices=("paper", "exact"), default="paper", help="what batch-mates do (IV-B)")
+    add("--chunk", type=int, help="utterances a pass through the model; the loss is the batch's")
+    add("--recompute", action="store_true", help="chunks' activations in the backward pass (II-D)")
     add = parser.add_argument_group("training (section IV-D)").add_argument
     add("--epochs", type=int, default=5, help="5")
     add("--batch-size", type=int, default=32, help="32; the CCC is taken over it")
@@ -515,9 +470,7 @@ def resolve(parser, args):
     if len(set(args.splits)) < 3:
         parser.error("--splits: three different splits")
     if args.method == "full" and (args.layers or args.freeze_prefix or args.cached):
-        parser.error(
-            "--method full trains all layers: --layers, --freeze-prefix and --cache do not go with it"
-        )
+        parser.error("--method full trains all layers: no --layers, --freeze-prefix or --cache")
     if args.freeze_prefix and (args.method == "lora" or args.cached):
         parser.error("--freeze-prefix: lora and --cache freeze the prefix anyway")
     if args.method != "lora" and any(getattr(args, key) is not None for key in LORA_DEFAULTS):
@@ -527,15 +480,8 @@ def resolve(parser, args):
             setattr(args, key, default if getattr(args, key) is None else getattr(args, key))
     elif args.method == "partial":
         args.layers = 3 if args.layers is None else args.layers
-    least = {
-        "epochs": 1,
-        "batch_size": 2,
-        "workers": 0,
-        "chunk": 1,
-        "rank": 1,
-        "layers": 1,
-        "seed": 0,
-    }
+    least = {"epochs": 1, "batch_size": 2, "chunk": 1, "layers": 1, "rank": 1}
+    least |= {"workers": 0, "seed": 0}
     for key, bound in least.items():
         if getattr(args, key) is not None and getattr(args, key) < bound:
             parser.error(f"--{key.replace('_', '-')} must be at least {bound}")
@@ -561,8 +507,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        message = str(error).strip().splitlines()[-1]  # of a worker's: the line that says what
-        parser.error(message)
+        parser.error(str(error).strip().splitlines()[-1])  # of a worker's: the line that says what
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ BAD = {  # name: what is spoiled, the command, what the error says
     "one split twice": (None, f"{TRAIN} --splits Train Train Test1", "three different splits"),
     "nothing to cache": (None, f"{FILL} --splits Test2", "split Test2 has 0 usable utterances"),
     "layer past the end": (None, f"{FILL} --layer 4", "--layer 4: this encoder has layers 0 to 3"),
-    "run exists": (None, RESUME[: -len(" --resume")], "run holds a run already; --resume"),
+    "run exists": (None, RESUME[: -len(" --resume")], "run holds a run; --resume"),
     "resumed otherwise": (remove("run/result.json"), f"{RESUME} --seed 3",
         "run was started with seed 0; give the same"),
     "run is a file": (None, TRAIN.replace("new", LABELS), "File exists", LABELS),
@@ -352,7 +352,7 @@ BAD = {  # name: what is spoiled, the command, what the error says
     "verify a flipped bit": (flip(SHARD), VERIFY, "cache has 2 defects; delete the shards named"),
     "verify a missing shard": (remove(SHARD), VERIFY, "cache has", "defects; delete"),
     "verify an edited index": (replace(b'"bytes": ', b'"bytes": 1', "cache/index.json"), VERIFY,
-        "was changed after it was written; delete cache"),
+        "is damaged or was changed; delete cache"),
     "verify changed audio": (clip(noise(0.15)), VERIFY, "cache has 1 defects"),
     # hostile files
     "hostile best.pt": (hostile("run/best.pt"), PREDICT, "run/best.pt is not a checkpoint"),
