@@ -413,23 +413,17 @@ def parse_args(argv):
         description="One run: one row and one seed of Table I.",
     )
     add = parser.add_argument_group("what to run").add_argument
-    add(
-        "--demo",
-        action="store_true",
-        help="the recommended run on synthetic speech, in --out (demo)",
-    )
+    add("--demo", action="store_true", help="the recommended run on synthetic speech (--out: demo)")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
     add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder (IV-A)")
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
-    add("--splits", nargs=3, default=["Train", "Development", "Test1"], metavar=("TRAIN", "DEV", "TEST"),
-        choices=[s for s in data.SPLITS if s != data.UNLABELLED], help="Train Development Test1 (section III)")  # fmt: skip
+    names, shown = [s for s in data.SPLITS if s != data.UNLABELLED], ("TRAIN", "DEV", "TEST")
+    add("--splits", nargs=3, default=names[:3], choices=names, metavar=shown, help="(section III)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
-    add(
-        "--method", choices=("full", "partial", "lora"), default="partial", help="partial (default)"
-    )
+    add("--method", choices=("full", "partial", "lora"), default="partial", help="default: partial")
     add("--layers", type=int, help="train the last n transformer layers (partial: 3; lora: all)")
     add("--rank", type=int, help="lora: 8")
     add("--alpha", type=float, help="lora: 16")
@@ -439,9 +433,9 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help="fp16, the paper's, on CUDA; bf16 on a CPU")
     add("--cache", help="train from this cache of cache.py (section IV-C)")
     add("--freeze-prefix", action="store_true", help="partial: freeze what a cache freezes")
-    add("--padding", choices=("paper", "exact"), default="paper", help="what batch-mates do (IV-B)")
+    add("--padding", choices=("paper", "exact"), default="paper", help="exact: as if alone (IV-B)")
     add("--chunk", type=int, help="utterances a pass through the model; the loss is the batch's")
-    add("--recompute", action="store_true", help="chunks' activations in the backward pass (II-D)")
+    add("--recompute", action="store_true", help="compute activations twice, keep none (II-D)")
     add = parser.add_argument_group("training (section IV-D)").add_argument
     add("--epochs", type=int, default=5, help="5")
     add("--batch-size", type=int, default=32, help="32; the CCC is taken over it")

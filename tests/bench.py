@@ -4,8 +4,8 @@ wav2vec2-base, random audio with lengths like MSP-Podcast's, and the functions t
     python tests/bench.py                       # every row and target
     python tests/bench.py --quick               # fewer of them
     python tests/bench.py --device cuda --json figures.json
-    python tests/bench.py --rows "full fp32,recommended" --batch 8
-    python tests/bench.py --memory              # peaks at batch 32: on a CPU of 34 GB, or with swap
+    python tests/bench.py --rows "full fp32,recommended mixed" --batch 8
+    python tests/bench.py --memory              # peaks at batch 32; a CPU needs 34 GB, or swap
 
 Figures are for a batch of 32, of lengths evenly spread over the distribution. CUDA runs it whole. A
 CPU runs `--batch` of the 32, padded to the longest of all, or of a chunked row its middle chunk of
@@ -13,9 +13,10 @@ CPU runs `--batch` of the 32, padded to the longest of all, or of a chunked row 
 
 mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW on a batch
 in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and activations, on a
-CPU of what is run, Python with its libraries included. of limit: the step's arithmetic, padding included, over the rate of a
-large matrix product in that precision; useful: the same of true frames only. hours: 5 epochs over
-MSP-Podcast's Train. Every ratio is of one run. Linux only. Nothing is left on disk.
+CPU of what is run, Python with its libraries included. of limit: the step's arithmetic, padding
+included, over the rate of a large matrix product in that precision just before; useful: the same of
+true frames only. hours: 5 epochs over MSP-Podcast's Train. Every ratio is of one run. Linux only.
+Nothing is left on disk.
 """
 
 import argparse
@@ -37,12 +38,11 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 START, ROOT = time.perf_counter(), Path(__file__).resolve().parent.parent
@@ -57,6 +57,7 @@ EPOCHS, BATCH, CHUNK = 5, 32, 4
 RATE, FRAMES_A_SECOND, WIDTH = 16000, 49.9, 768
 SEGMENTS = {"Train": 84030, "Development": 19815, "Test1": 30647}  # MSP-Podcast 1.11
 AUDIO = {"sample_rate": RATE, "normalise": True}
+FINGERPRINT = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
 
 
 def quantiles(u):
@@ -68,41 +69,29 @@ def quantiles(u):
 
 LENGTHS = torch.from_numpy(quantiles((np.arange(BATCH) + 0.5) / BATCH) * RATE).long()  # sorted
 
-
-class Row(NamedTuple):
-    method: str = "partial"
-    layers: int | None = 3
-    mixed: bool = False
-    cached: bool = False
-    freeze_prefix: bool = False
-    exact: bool = False  # exact padding, in chunks; otherwise the paper's, in whole batches
-    recompute: bool = False
-    hours: float | None = None  # the paper's: uncached on an A40, cached on an RTX 2080 Ti
-
-
-ROWS = {"lora fp32": Row("lora", None, hours=2.476)}
-for title, row, *hours in (
-    ("partial 1", Row(layers=1), 2.443, 0.965),
-    ("partial 2", Row(layers=2), 2.477, 0.982),
-    ("partial 3", Row(), 2.519, 0.991),
-    ("freeze-prefix 3", Row(freeze_prefix=True)),
-    ("full", Row("full", None), 2.980, 1.145),
-    ("recommended", Row(cached=True, exact=True)),  # partial 3, cached, exact, chunked
-    ("cached 3", Row(cached=True), 1.023, 0.353),
-    ("cached 2", Row(layers=2, cached=True), 0.689, 0.253),
-    ("cached 1", Row(layers=1, cached=True), 0.353, 0.155),
+ROWS = {}  # name: (options of train.py, the paper's hours: cached on an RTX 2080 Ti, else on an A40)
+for title, line, *paper in (
+    ("lora", "--method lora", 2.476),
+    ("partial 1", "--layers 1", 2.443, 0.965),
+    ("partial 2", "--layers 2", 2.477, 0.982),
+    ("partial 3", "", 2.519, 0.991),
+    ("freeze-prefix 3", "--freeze-prefix", None, None),
+    ("full", "--method full", 2.980, 1.145),
+    ("recommended", "--cache x --padding exact --chunk 4", None, None),
+    ("cached 3", "--cache x", 1.023, 0.353),
+    ("cached 2", "--layers 2 --cache x", 0.689, 0.253),
+    ("cached 1", "--layers 1 --cache x", 0.353, 0.155),
+    ("lora 3 cached chunked", "--method lora --layers 3 --cache x --padding exact --chunk 4", None),
+    ("full chunked", "--method full --padding exact --chunk 4", None),
+    ("full chunked recomputed", "--method full --padding exact --chunk 4 --recompute", None),
 ):
-    for mixed in (False, True):
-        paper = hours[mixed] if hours else None
-        ROWS[f"{title} {'mixed' if mixed else 'fp32'}"] = row._replace(mixed=mixed, hours=paper)
-ROWS["lora 3 cached exact chunk mixed"] = Row("lora", mixed=True, cached=True, exact=True)
-ROWS["full exact chunk fp32"] = Row("full", None, exact=True)
-ROWS["full exact chunk recompute fp32"] = Row("full", None, exact=True, recompute=True)
+    for precision, hours in zip(("fp32", "mixed"), paper, strict=False):
+        ROWS[f"{title} {precision}"] = line, hours
 QUICK = ["partial 3 fp32", "freeze-prefix 3 fp32", "full fp32", "recommended fp32"]
 QUICK += ["recommended mixed", "cached 3 fp32"]
-PEAKS = "full fp32", "full exact chunk recompute fp32"
-TABLE_2 = ("full fp32", "full mixed", "partial 3 fp32", "partial 3 mixed", "lora fp32", *PEAKS[1:])
-RATIOS = {  # target: (slower row, faster row), in mixed precision as it is meant, and in fp32
+PEAKS = ["full fp32", "full chunked recomputed fp32"]
+TABLE_2 = [*PEAKS, "full mixed", "partial 3 fp32", "partial 3 mixed", "lora fp32"]
+RATIOS = {  # target: (slower row, faster row)
     "recommended_vs_full": ("full fp32", "recommended mixed"),
     "recommended_vs_full_in_fp32": ("full fp32", "recommended fp32"),
     "recommended_vs_paper_cached": ("cached 3 mixed", "recommended mixed"),
@@ -134,28 +123,22 @@ TARGETS = {  # name: (at least or at most, what)
 
 
 def progress(text):
-    print(f"[{time.perf_counter() - START:5.0f} s] {text}", file=sys.stderr, flush=True)
+    print(f"[{time.perf_counter() - START:5.0f} s] {text}", file=sys.__stderr__, flush=True)
 
 
-def timed(device, function, *args):
+def timed(function, *args):
     """(seconds, result) of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     result = function(*args)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start, result
 
 
-def quiet():
-    """tqdm writes to memory instead of the terminal."""
-    return contextlib.redirect_stderr(io.StringIO())
-
-
 class Memory:
-    """Bytes of this process, `now` and at the `peak` since its start: allocated by PyTorch on CUDA;
-    on a CPU resident or swapped out, sampled every 20 ms. As a context."""
+    """As a context: bytes of this process at its `start` and at the `peak` until its end. Allocated
+    by PyTorch on CUDA; on a CPU resident or swapped out, sampled every 20 ms."""
 
     def __init__(self, device):
         self.cuda, self.stop = device == "cuda", threading.Event()
@@ -167,15 +150,14 @@ class Memory:
         return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(("VmRSS:", "VmSwap:")))
 
     def sample(self):
-        while not self.stop.wait(0.02):
+        while not self.cuda and not self.stop.wait(0.02):
             self.peak = max(self.peak, self.now())
 
     def __enter__(self):
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that using it counts
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that using it counts
         self.start = self.peak = self.now()
         self.thread = threading.Thread(target=self.sample, daemon=True)
         self.thread.start()
@@ -192,29 +174,32 @@ def base_encoder():
     return Wav2Vec2Model(Wav2Vec2Config(attn_implementation="sdpa"))
 
 
-class Job:
-    """A row with train.py's arguments, its own model and optimizer."""
+def arguments(name, device):
+    """What train.py makes of a row's options."""
+    precision = "fp32" if name.endswith("fp32") else "fp16" if device == "cuda" else "bf16"
+    line = f"--data x --out x --device {device} --precision {precision} {ROWS[name][0]}"
+    return train.parse_args(line.split())[1]
 
-    def __init__(self, row, encoder, device, batch_size=BATCH):
-        half = "fp16" if device == "cuda" else "bf16"
-        self.args = args = SimpleNamespace(
-            device=device, precision=half if row.mixed else "fp32", cached=row.cached, seed=0,
-            padding="exact" if row.exact else "paper", chunk=CHUNK if row.exact else None,
-            recompute=row.recompute, workers=2, batch_size=batch_size,
-        )  # fmt: skip
-        self.model = models.EmotionModel(copy.deepcopy(encoder), padding=args.padding)
-        models.freeze(self.model, row.method, row.layers, row.freeze_prefix or row.cached)
-        self.model.to(device).train()
+
+def build(encoder, args):
+    model = models.EmotionModel(encoder, padding=args.padding)
+    models.freeze(model, args.method, args.layers, args.freeze_prefix or args.cached)
+    return model
+
+
+class Job:
+    """A model and an optimizer, and what a step of train.train_epoch does with a batch, without its
+    checks."""
+
+    def __init__(self, args, encoder):
+        self.args, self.model = args, build(copy.deepcopy(encoder), args).to(args.device).train()
         self.optimizer = torch.optim.AdamW(models.trainable(self.model).values(), lr=1e-4)
-        self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
 
     def backward(self, inputs, lengths, targets):
-        """The first half of a step of train.train_epoch, without its checks."""
-        a = self.args
-        with train.autocast(a):
-            predictions = train.predict(
-                self.model, inputs, lengths, a.device, a.cached, a.chunk, a.recompute
-            )
+        how = self.args.device, self.args.cached, self.args.chunk, self.args.recompute
+        with train.autocast(self.args):
+            predictions = train.predict(self.model, inputs, lengths, *how)
         self.scaler.scale(ccc_loss(predictions, targets)).backward()
 
     def update(self):
@@ -226,21 +211,28 @@ class Job:
         self.backward(*batch)
         self.update()
 
+    def epoch(self, loader):
+        rest = self.optimizer, self.scaler, self.args, 1 / RATE, "epoch"
+        return train.train_epoch(self.model, loader, *rest)
+
+
+def frames(samples):
+    return (samples - 80) // 320  # of wav2vec2's convolutions
+
 
 def make_batch(lengths, cached, device):
     """Noise in place of waveforms or hidden states: what train.predict takes, and targets."""
-    if cached:
-        lengths = (lengths - 80) // 320  # wav2vec2's convolutions
+    lengths = frames(lengths) if cached else lengths
     inputs = torch.randn(len(lengths), int(lengths.max()), *[WIDTH] * cached)
     inputs = inputs.half() if cached else inputs
     return inputs.to(device), lengths, torch.rand(len(lengths), 2).to(device)
 
 
-def portion(row, n):
+def portion(args, n):
     """Lengths in samples of what is run in place of the batch of 32, and how much more that is."""
     if n >= BATCH:
         return LENGTHS, 1.0
-    if not row.exact:
+    if not args.chunk:
         return LENGTHS[-1:].repeat(n), BATCH / n
     chunks = LENGTHS.view(-1, CHUNK)  # the last of each is what it is padded to
     middle = chunks[len(chunks) // 2]
@@ -248,14 +240,19 @@ def portion(row, n):
 
 
 @functools.cache
-def flops(row, lengths, chunk):
-    """Floating point operations of a step, recomputation not counted twice. Of shapes alone."""
+def flops(name, lengths, chunk):
+    """Floating point operations of a step, recomputation not counted twice. Of shapes alone, each
+    chunk padded for the CNN, too."""
+    args = arguments(name, "cpu")
+    args.padding = "paper"
     with torch.device("meta"):
-        model = models.EmotionModel(base_encoder())
-    models.freeze(model, row.method, row.layers, row.freeze_prefix or row.cached)
-    inputs, lengths, _ = make_batch(torch.tensor(lengths), row.cached, "meta")
-    with FlopCounterMode(display=False) as counter:
-        train.predict(model, inputs, lengths, "meta", row.cached, chunk).sum().backward()
+        model = build(base_encoder(), args)
+    inputs, lengths, _ = make_batch(torch.tensor(lengths), args.cached, "meta")
+    # PyTorch's own rule leaves out that the convolution with a backward pass has groups
+    both = lambda gradient, x, weight, *_, **__: 2 * conv_flop_count(x, weight, gradient)
+    rule = {torch.ops.aten.convolution_backward: both}
+    with FlopCounterMode(display=False, custom_mapping=rule) as counter:
+        train.predict(model, inputs, lengths, "meta", args.cached, chunk).sum().backward()
     return counter.get_total_flops()
 
 
@@ -263,65 +260,64 @@ def matmul_rate(precision, device):
     """Floating point operations a second of a large matrix product, the best of some."""
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=train.PRECISIONS[precision])
-    return 2 * n**3 / min(timed(device, torch.mm, a, a)[0] for _ in range(6))
+    return 2 * n**3 / min(timed(torch.mm, a, a)[0] for _ in range(6))
 
 
-def measure_row(row, encoder, options, base):
+def measure_row(name, encoder, options, base):
     """One turn of a row: the matrix product rate just before, the median seconds of a step at batch
     32, and peak bytes."""
-    device, spent, steps = options.device, 0.0, []
-    lengths, scale = portion(row, options.batch)
-    with Memory(device) as memory:
-        job, batch = Job(row, encoder, device), make_batch(lengths, row.cached, device)
-        rate = matmul_rate(job.args.precision, device)
-        short = make_batch(torch.tensor([4000, 4800]), row.cached, device)
-        for _ in range(5 if device == "cuda" else 1):  # in fp16 until the scaler has settled
-            job.step(*(batch if device == "cuda" else short))
+    args, spent, steps = arguments(name, options.device), 0.0, []
+    lengths, scale = portion(args, options.batch)
+    rate = matmul_rate(args.precision, args.device)
+    with Memory(args.device) as memory:
+        job, batch = Job(args, encoder), make_batch(lengths, args.cached, args.device)
+        short = make_batch(torch.tensor([4000, 4800]), args.cached, args.device)
+        for _ in range(1 if scale > 1 else 5):  # in fp16 until the scaler has settled
+            job.step(*(short if scale > 1 else batch))
         while spent < 1:
-            backward, _ = timed(device, job.backward, *batch)
-            update, _ = timed(device, job.update)
+            if scale > 1:
+                (backward, _), (update, _) = timed(job.backward, *batch), timed(job.update)
+            else:
+                (backward, _), update = timed(job.step, *batch), 0.0
             steps.append(backward * scale + update)
             spent += backward + update
-    peak = memory.peak - memory.start + (0 if device == "cuda" else base)
-    return rate, statistics.median(steps), peak
+    return rate, statistics.median(steps), memory.peak - memory.start + base
 
 
 def measure_rows(options, encoder, base):
-    """([figures of a row], {target: ratio}, {fp32 or mixed: matrix product rate}). On a CPU rows of
-    a target take three turns, others one."""
-    turns, results, rates = {name: [] for name in options.rows}, [], {}
-    for n in range(5 if options.device == "cuda" else 3):
+    """([figures of a row], {target: ratio}). On a CPU rows of a target take three turns, others
+    one; rows that do not fit in a GPU's memory are left out."""
+    turns, results, ratios = {name: [] for name in options.rows}, [], {}
+    for n in range(3):
         for name, done in turns.items():
-            if n == 0 or name in COMPARED or options.device == "cuda":
-                done.append(measure_row(ROWS[name], encoder, options, base))
-                progress(f"turn {n + 1}: {name} {done[-1][1]:.3f} s")
-    full = statistics.median(s for _, s, _ in turns.get("full fp32", [(0, math.nan, 0)]))
+            if n == 0 or done and (name in COMPARED or options.device == "cuda"):
+                try:
+                    done.append(measure_row(name, encoder, options, base))
+                    progress(f"turn {n + 1}: {name} {done[-1][1]:.3f} s")
+                except torch.OutOfMemoryError:
+                    progress(f"{name}: out of memory")
+    turns = {name: done for name, done in turns.items() if done}
     for name, done in turns.items():
-        row, precision = ROWS[name], "mixed" if ROWS[name].mixed else "fp32"
         seconds = statistics.median(seconds for _, seconds, _ in done)
-        rates[precision] = max(rates.get(precision, 0), *(rate for rate, _, _ in done))
         limit = statistics.median(rate * seconds for rate, seconds, _ in done)
-        lengths, scale = portion(row, options.batch)
-        kind = row._replace(mixed=False, recompute=False, hours=None)
-        arithmetic = scale * flops(kind, tuple(lengths.tolist()), CHUNK if row.exact else None)
-        useful = 16 * sum(flops(kind, (n,), None) for n in LENGTHS[8::16].tolist())
-        results.append({
-            "name": name, "turns": len(done), "seconds_per_step": seconds,
-            "factor_vs_full": full / seconds,
-            "speech_seconds_per_second": LENGTHS.sum().item() / RATE / seconds,
-            "peak_memory_bytes": max(peak for _, _, peak in done), "flops": arithmetic,
-            "share_of_limit": arithmetic / limit, "useful_share_of_limit": useful / limit,
-            "hours_5_epochs": seconds * SEGMENTS["Train"] / BATCH * EPOCHS / 3600,
-            "paper_hours": row.hours,
-        })  # fmt: skip
-    ratios = {
-        target: statistics.median(
-            a[1] / b[1] for a, b in zip(turns[slow], turns[fast], strict=True)
-        )
-        for target, (slow, fast) in RATIOS.items()
-        if slow in turns and fast in turns
-    }
-    return results, ratios, rates
+        args = arguments(name, options.device)
+        lengths, scale = portion(args, options.batch)
+        arithmetic = scale * flops(name, tuple(lengths.tolist()), args.chunk)
+        useful = 16 * sum(flops(name, (n,), None) for n in LENGTHS[8::16].tolist())
+        row = {"name": name, "turns": len(done), "seconds_per_step": seconds}
+        row["speech_seconds_per_second"] = LENGTHS.sum().item() / RATE / seconds
+        row |= {"peak_memory_bytes": max(peak for _, _, peak in done), "flops": arithmetic}
+        row |= {"share_of_limit": arithmetic / limit, "useful_share_of_limit": useful / limit}
+        row["hours_5_epochs"] = seconds * SEGMENTS["Train"] / BATCH * EPOCHS / 3600
+        results.append(row | {"paper_hours": ROWS[name][1]})
+    full = [row["seconds_per_step"] for row in results if row["name"] == "full fp32"]
+    for row in results:
+        row["factor_vs_full"] = full[0] / row["seconds_per_step"] if full else None
+    for target, (slow, fast) in RATIOS.items():
+        if slow in turns and fast in turns:
+            pairs = zip(turns[slow], turns[fast], strict=True)
+            ratios[target] = statistics.median(a[1] / b[1] for a, b in pairs)
+    return results, ratios
 
 
 def write_corpus(root, n, lengths=LENGTHS):
@@ -341,97 +337,88 @@ def write_corpus(root, n, lengths=LENGTHS):
             file.write(f"{i:06}.wav,N,4.{i % 10},3.{i % 7},4.0,{i // 100},Male,{split}\n")
 
 
-def fill_noise(folder, utterances, width=WIDTH):
-    """A CachedDataset filled with noise in place of a model's output."""
-    noise = torch.randn(8, 560, width)
-    frames = [(u.samples - 80) // 320 for u in utterances]
-    fingerprint = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
+def fill(folder, utterances, encode, width=WIDTH, size=8):
+    """A CachedDataset of what `encode` makes of utterances."""
     os.makedirs(folder)
-    with quiet():
-        index = cache.fill(
-            folder, fingerprint, data.SpeechDataset(utterances, **AUDIO), frames, width,
-            lambda wave, samples: noise[: len(wave)], data.collate,
-        )  # fmt: skip
+    items, lengths = (
+        data.SpeechDataset(utterances, **AUDIO),
+        [frames(u.samples) for u in utterances],
+    )
+    how = width, encode, data.collate, size
+    index = cache.fill(folder, FINGERPRINT, items, lengths, *how)
     return cache.CachedDataset(folder, utterances, index)
 
 
-class Stopwatch:
-    """A loader that notes how long it lets the loop wait for a batch, and how long until the loop
-    wants the next. With a job it then takes a bare step on the same batch in memory: what the
+def noise(width):
+    """In place of a model's prefix, for `fill`."""
+    hidden = torch.randn(8, 560, width)
+    return lambda wave, samples: hidden[: len(wave)]
+
+
+def watched(loader, waits, steps, job=None, bare=None):
+    """The batches of a loader. Notes how long it lets the loop wait for one, and how long until the
+    loop wants the next. With a job it then takes a bare step on the same batch in memory: what the
     machine does at the moment then counts for both."""
-
-    def __init__(self, loader, job=None):
-        self.loader, self.dataset, self.job = loader, loader.dataset, job
-        self.waits, self.steps, self.bare = [], [], []
-
-    def __iter__(self):
+    start = time.perf_counter()
+    for batch in loader:
+        waits.append(time.perf_counter() - start)
+        yield batch
+        steps.append(time.perf_counter() - start)
+        if job:
+            device = job.args.device
+            batch = batch[0].to(device), batch[1], batch[2].to(device)
+            bare.append(timed(job.step, *batch)[0])
         start = time.perf_counter()
-        for batch in self.loader:
-            self.waits.append(time.perf_counter() - start)
-            yield batch
-            self.steps.append(time.perf_counter() - start)
-            if self.job:
-                device = self.job.args.device
-                batch = batch[0].to(device), batch[1], batch[2].to(device)
-                self.bare.append(timed(device, self.job.step, *batch)[0])
-            start = time.perf_counter()
 
 
-def measure_loop(job, dataset, lengths):
-    """train.train_epoch against bare steps: the median ratio. The first step of an epoch is apart:
-    the loader's processes start then, and what they share with this one is copied as it changes."""
-    loader, ratios, starts = train.make_loader(dataset, lengths, job.args, 1), [], []
-    rest = job.optimizer, job.scaler, job.args, 1 / RATE, "loop"
-    for watch in (Stopwatch(loader), Stopwatch(loader, job), Stopwatch(loader, job)):
-        with quiet():
-            train.train_epoch(job.model, watch, *rest)
-        if not watch.bare:  # a loader that has no pause to work ahead in
-            waiting = sum(watch.waits[1:]) / sum(watch.steps[1:])
-            continue
-        ratios += [a / b for a, b in zip(watch.steps[1:], watch.bare[1:], strict=True)]
-        starts.append(watch.steps[0] - watch.bare[0])
-    return {
-        "pairs": len(ratios), "overhead": statistics.median(ratios), "waiting_share": waiting,
-        "bare_seconds_per_step": statistics.median(watch.bare),
-        "epoch_start_seconds": statistics.mean(starts),
-    }  # fmt: skip
+def measure_loop(job, dataset):
+    """(train.train_epoch's step against a bare one: the median ratio; share of the time that it
+    waits for data). Without the first step of an epoch, in which the loader's processes start and
+    what they share with this one is copied as it changes."""
+    loader, waits, steps, pairs, bare = (
+        train.make_loader(dataset, None, job.args, 1),
+        [],
+        [],
+        [],
+        [],
+    )
+    job.epoch(watched(loader, waits, steps))  # without pauses for the loader to work ahead in
+    job.epoch(watched(loader, [], pairs, job, bare))
+    ratios = [a / b for a, b in zip(pairs[1:], bare[1:], strict=True)]
+    return statistics.median(ratios), sum(waits[1:]) / sum(steps[1:])
 
 
 def measure_fill(encoder, utterances, folder, device):
     """Frames a second of cache.fill in batches of 8, of its model alone, and on CUDA of filling
     one utterance at a time."""
-    model = models.EmotionModel(encoder, padding="exact").to(device).eval()
-    dataset = data.SpeechDataset(utterances, **AUDIO)
-    frames, spent = [model.frames(u.samples) for u in utterances], []
-    fingerprint = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
+    model, spent = models.EmotionModel(encoder, padding="exact").to(device).eval(), []
 
     @torch.no_grad()
     def encode(wave, samples):  # as cache.py does
-        seconds, (hidden, _) = timed(device, model.prefix, wave.to(device), samples.to(device), 9)
+        seconds, (hidden, _) = timed(model.prefix, wave.to(device), samples.to(device), 9)
         spent.append(seconds)
         return hidden.cpu()
 
-    def fill(size):
-        with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
-            cache.fill(out, fingerprint, dataset, frames, WIDTH, encode, data.collate, size)
-
-    total = sum(frames)
     encode(torch.randn(1, RATE), torch.tensor([RATE]))
     spent.clear()
-    speeds = {"fill": total / timed(device, fill, 8)[0], "prefix": total / sum(spent)}
-    return speeds | ({"alone": total / timed(device, fill, 1)[0]} if device == "cuda" else {})
+    total = sum(frames(u.samples) for u in utterances)
+    speeds = {"fill": total / timed(fill, folder / "fill-8", utterances, encode)[0]}
+    speeds["prefix"] = total / sum(spent)
+    if device == "cuda":
+        alone = timed(fill, folder / "fill-1", utterances, encode, WIDTH, 1)
+        speeds["alone"] = total / alone[0]
+    return speeds
 
 
-def measure_reading(dataset, rounds=3):
+def measure_reading(dataset):
     """Bytes a second of a cache read in order and shuffled, its files not in memory."""
     orders = {"ordered": range(len(dataset)), "shuffled": torch.randperm(len(dataset)).tolist()}
     seconds = {name: [] for name in orders}
-    for _ in range(rounds):
-        for name, order in orders.items():
-            for path in Path(dataset.folder).glob("*.pt"):
-                with open(path) as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            seconds[name].append(timed("cpu", lambda order=order: [dataset[i] for i in order])[0])
+    for name, order in [*orders.items()] * 3:
+        for path in Path(dataset.folder).glob("*.pt"):
+            with open(path) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        seconds[name].append(timed(list, map(dataset.__getitem__, order))[0])
     size = sum(dataset.lengths) * WIDTH * 2
     return {name: size / statistics.median(s) for name, s in seconds.items()}
 
@@ -441,71 +428,36 @@ def measure_startup(root, encoder):
     cache of all."""
     write_corpus(root, 120_000, LENGTHS[:1])
     splits = ("Train", "Development", "Test1")
-    read, (utterances, problems) = timed("cpu", data.read_corpus, root)
-    choose, utterances = timed("cpu", data.select, utterances, problems, splits)
-    inspect, _ = timed("cpu", data.check_audio, utterances)
+    read, (utterances, problems) = timed(data.read_corpus, root)
+    choose, utterances = timed(data.select, utterances, problems, splits)
+    inspect, _ = timed(data.check_audio, utterances)
     entry = ["shard-00000.pt", 0, 281, 0, cache.audio_state(utterances[0].path)]
-    index = {"fingerprint": cache.cache_fingerprint("bench", 9, "float16", AUDIO), "seconds": 0.0}
-    index |= {"shards": {}, "utterances": {u.name: entry for u in utterances}}
-    cache.write_index(root, index)
+    index = {"fingerprint": FINGERPRINT, "seconds": 0.0, "shards": {}}
+    cache.write_index(root, index | {"utterances": {u.name: entry for u in utterances}})
     parts = {split: [u for u in utterances if u.split == split] for split in splits}
     args, model = SimpleNamespace(cached=True, cache=root), SimpleNamespace(cut=9, encoder=encoder)
-    opened, _ = timed("cpu", train.make_datasets, args, parts, model, AUDIO, "bench")
+    opened, _ = timed(train.make_datasets, args, parts, model, AUDIO, "bench")
     return {"labels": read + choose, "inspect_audio": inspect, "open_cache": opened}
 
 
 def measure_resampling(folder):
     """Seconds of sound a second of data.load_audio on a stereo file at 44.1 kHz."""
     path, seconds = str(folder / "44100.wav"), 11
-    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (seconds * 44100, 2))
-    soundfile.write(path, noise, 44100, subtype="PCM_16")
-    return seconds / statistics.median(timed("cpu", data.load_audio, path)[0] for _ in range(9))
-
-
-def command(log, *line):
-    """Peak resident bytes of a Python command line in a process of its own."""
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, line)], cwd=ROOT, stdout=file, stderr=file
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{line[0]}: {Path(log).read_text().strip().splitlines()[-1]}")
-    return usage.ru_maxrss * 1024
-
-
-def measure_resident(folder):
-    """{fill or train: peak resident bytes with 100 and with 1,000 utterances}, of commands with a
-    tiny encoder. Utterances of one length, so that no batch is larger by chance."""
-    peaks, encoder = {"fill": [], "train": []}, folder / "tiny"
-    with quiet():
-        data.write_encoder(encoder, layers=1)
-    for n in (100, 1000):
-        root, out = folder / f"corpus-{n}", folder / f"cache-{n}"
-        write_corpus(root, n, LENGTHS[:1])
-        common = ["--data", str(root), "--model", str(encoder), "--device", "cpu"]
-        line = [*common, "--layer", "0", "--out", str(out)]
-        # shards so small that there are several of 100 utterances, too
-        code = f"import cache; cache.SHARD_BYTES = 2**20; cache.main({line})"
-        peaks["fill"].append(command(folder / "log", "-c", code))
-        line = [*common, "--cache", out, "--layers", 1, "--out", folder / f"run-{n}"]
-        peaks["train"].append(command(folder / "log", "train.py", *line, "--epochs", 1))
-    return peaks
+    sound = np.random.default_rng(0).uniform(-0.1, 0.1, (seconds * 44100, 2))
+    soundfile.write(path, sound, 44100, subtype="PCM_16")
+    return seconds / statistics.median(timed(data.load_audio, path)[0] for _ in range(9))
 
 
 def measure_epochs(folder, utterances, device):
     """{hours of speech: seconds of a training epoch of a tiny encoder from a cache}."""
-    with quiet():
-        encoder, _ = models.load_encoder(folder / "tiny")
-    job, seconds = Job(Row(layers=1, cached=True), encoder, device), {}
-    cached = fill_noise(folder / "tiny-cache", utterances, encoder.config.hidden_size)
+    encoder, _ = models.load_encoder(folder / "tiny")
+    job, seconds = Job(arguments("cached 1 fp32", device), encoder), {}
+    width = encoder.config.hidden_size
+    cached = fill(folder / "tiny-cache", utterances, noise(width), width)
     for n in (1, 1, 2, 4, 8) * 3:
         part = utterances[: n * len(utterances) // 8]
         items = cache.CachedDataset(cached.folder, part, cached.index)
-        loader = train.make_loader(items, items.lengths, job.args, 1)
-        rest = job.optimizer, job.scaler, job.args, 1 / RATE, "epoch"
-        with quiet():
-            spent, _ = timed(device, train.train_epoch, job.model, loader, *rest)
+        spent, _ = timed(job.epoch, train.make_loader(items, None, job.args, 1))
         hours = sum(u.samples for u in part) / RATE / 3600
         seconds[hours] = min(seconds.get(hours, math.inf), spent)
     return seconds
@@ -516,120 +468,148 @@ def measure_data(options, encoder, mixed, folder):
     device, gpu, targets, details = options.device, options.device == "cuda", {}, {}
     write_corpus(folder / "corpus", 1280)
     utterances, _ = data.check_audio(data.read_corpus(folder / "corpus")[0])
-    cached = fill_noise(folder / "cache", utterances[:600])
-    size = sum(path.stat().st_size for path in Path(cached.folder).iterdir())
+    cached = fill(folder / "cache", utterances[:600], noise(WIDTH))
+    size = sum(path.stat().st_size for path in cached.folder.iterdir())
     targets["bytes_a_frame"] = size / sum(cached.lengths)
     reading = details["cache_bytes_per_second"] = measure_reading(cached)
     targets["shuffled_vs_ordered"] = reading["shuffled"] / reading["ordered"]
     targets["resample_x_realtime"] = measure_resampling(folder)
     progress("cache filling")
     some = utterances[: 640 if gpu else 8 if options.quick else 24]
-    fill = details["fill_frames_per_second"] = measure_fill(encoder, some, folder, device)
+    speeds = details["fill_frames_per_second"] = measure_fill(encoder, some, folder, device)
     if options.quick:
         return targets, details
-    targets["fill_vs_prefix"] = fill["fill"] / fill["prefix"]
+    targets["fill_vs_prefix"] = speeds["fill"] / speeds["prefix"]
     if gpu:
-        targets["fill_vs_one_at_a_time"] = fill["fill"] / fill["alone"]
+        targets["fill_vs_one_at_a_time"] = speeds["fill"] / speeds["alone"]
     # on a CPU a cached step of one layer: the loop's own cost is a larger part of a faster step
-    for key, row, steps, batch in (
-        ("_cached", Row("partial", 3 if gpu else 1, mixed, cached=True, exact=True), 12, 4),
-        ("", Row("partial", 3, mixed, freeze_prefix=True), 4, 2),
-    ):
-        progress(f"loop{key}")
-        batch, steps = (BATCH, 18) if gpu else (batch, steps)
-        items = data.SpeechDataset(utterances[: steps * batch], **AUDIO)
-        if row.cached:
-            items = cache.CachedDataset(cached.folder, items.utterances, cached.index)
-        lengths = [u.samples for u in items.utterances]
-        loop = measure_loop(Job(row, encoder, device, batch), items, lengths)
-        details[f"loop{key}"] = loop
-        targets[f"loop_overhead{key}"] = loop["overhead"]
-        targets[f"waiting_share{key}"] = loop["waiting_share"]
+    names = "recommended" if gpu else "cached 1", "freeze-prefix 3"
+    for name, key, steps, batch in zip(names, ("_cached", ""), (12, 8), (4, 2), strict=True):
+        progress(f"loop: {name}")
+        args = arguments(f"{name} {'mixed' if mixed else 'fp32'}", device)
+        args.batch_size = BATCH if gpu else batch
+        some = utterances[: args.batch_size * (18 if gpu else steps)]
+        items = cache.CachedDataset(cached.folder, some, cached.index)
+        items = items if args.cached else data.SpeechDataset(some, **AUDIO)
+        overhead, waiting = measure_loop(Job(args, encoder), items)
+        targets |= {f"loop_overhead{key}": overhead, f"waiting_share{key}": waiting}
     progress("sizes, and start-up with 150,000 label rows")
     epochs = details["epoch_seconds_by_hours"] = measure_epochs(folder, utterances[:512], device)
     logs = np.log(list(epochs)), np.log(list(epochs.values()))
     targets["epoch_exponent"] = np.polyfit(*logs, 1)[0]
     startup = details["startup_seconds"] = measure_startup(folder / "many", encoder)
-    targets["startup_seconds"] = startup["labels"]
+    targets["startup_seconds"] = startup["labels"] + startup["inspect_audio"]
     targets["startup_cached_seconds"] = startup["labels"] + startup["open_cache"]
     return targets, details
 
 
+def child(*line):
+    """(last line printed, peak resident bytes) of a Python command line in its own process."""
+    line = [sys.executable, *map(str, line)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        out.seek(0)
+        err.seek(0)
+        if status:
+            why = err.read().strip() or f"ended with status {status}; out of memory?"
+            raise RuntimeError(f"{line[1]}: {why.splitlines()[-1]}")
+        return (out.read().splitlines() or [""])[-1], usage.ru_maxrss * 1024
+
+
+def measure_resident(folder):
+    """{fill or train: peak resident bytes with 100 and with 1,000 utterances}, of commands with a
+    tiny encoder. Utterances of one length, so that no batch is larger by chance."""
+    peaks, encoder = {"fill": [], "train": []}, folder / "tiny"
+    data.write_encoder(encoder, layers=1)
+    for n in (100, 1000):
+        root, out = folder / f"corpus-{n}", folder / f"cache-{n}"
+        write_corpus(root, n, LENGTHS[:1])
+        common = ["--data", str(root), "--model", str(encoder), "--device", "cpu"]
+        line = [*common, "--layer", "0", "--out", str(out)]
+        # shards so small that there are several of 100 utterances, too
+        code = f"import cache; cache.SHARD_BYTES = 2**20; cache.main({line})"
+        peaks["fill"].append(child("-c", code)[1])
+        line = [*common, "--cache", out, "--layers", 1, "--out", folder / f"run-{n}"]
+        peaks["train"].append(child("train.py", *line, "--epochs", 1)[1])
+    return peaks
+
+
 def row_child(name, device, caps):
-    """Two steps of a row at batch 32, the longest 11 s: peak bytes without caps; with caps in GB,
-    from large to small, {cap: whether it fits}."""
-    lengths, fits = LENGTHS.clone(), {}
+    """Some steps of a row at batch 32, the longest 11 s: [peak bytes or None, and for each cap in
+    GB whether that is enough]."""
+    lengths, found, args = LENGTHS.clone(), [], arguments(name, device)
     lengths[-1] = 11 * RATE
-    for cap in sorted(caps, reverse=True) or [None]:
+    for cap in (None, *caps):
         if cap:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
         try:
             with Memory(device) as memory:
-                job = Job(ROWS[name], base_encoder(), device)
-                batch = make_batch(lengths, ROWS[name].cached, device)
-                job.step(*batch)
-                job.step(*batch)
-            fits[cap] = True
-        except torch.OutOfMemoryError:
-            break  # a smaller cap does not fit either
-        finally:
-            job = batch = None
-            gc.collect()
-            torch.cuda.empty_cache()
-    return [fits.get(cap, False) for cap in caps] or memory.peak
+                job, batch = Job(args, base_encoder()), make_batch(lengths, args.cached, device)
+                for _ in range(
+                    5 if args.precision == "fp16" else 2
+                ):  # until the scaler has settled
+                    job.step(*batch)
+            found.append(True if cap else memory.peak)
+        except RuntimeError as error:
+            words = "out of memory", "allocate memory", "ALLOC_FAILED", "find an engine"
+            if not any(word in str(error) for word in words):
+                raise
+            found.append(False if cap else None)
+        job = batch = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
 
 
-def child(*arguments):
-    """The result of row_child in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(arguments)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table_2(sizes):
-    """{row: [fits]}, printed. A cap on what PyTorch allocates is not a card."""
-    print("\nTable II at batch 32, each row in its own process; a cap, not a card:")
-    print(f"{'':32}" + "".join(f"{gb:>7g} GB" for gb in sizes))
+def measure_memory(device, caps):
+    """{row: [peak bytes, and whether it fits in each cap]}, printed."""
+    print("\nAt batch 32, each row in its own process; a cap on what PyTorch takes, not a card:")
+    print(f"{'':32} peak GB" + "".join(f"{gb:>7g} GB" for gb in caps))
     table = {}
-    for name in TABLE_2:
-        table[name] = child(name, "cuda", sizes)
-        print(f"{name:32}" + "".join(f"{'✓' if fits else '✗':>10}" for fits in table[name]))
+    for name in TABLE_2 if device == "cuda" else PEAKS:
+        try:
+            line = __file__, "--child", json.dumps([name, device, caps])
+            peak, *fits = table[name] = json.loads(child(*line)[0])
+        except RuntimeError as error:
+            progress(error)
+            peak, *fits = table[name] = [None, *[False] * len(caps)]
+        marks = "".join(f"{'✓' if fit else '✗':>10}" for fit in fits)
+        print(f"{name:32}{f'{peak / 1e9:.2f}' if peak else '-':>8}{marks}", flush=True)
     return table
 
 
-def show_rows(results, rates):
+def show_rows(rows, rates):
     print(f"\n{'':32} s/step  faster  speech-s/s  peak GB    limit  useful    hours  paper's")
-    for r in results:
-        print(f"{r['name']:32}{r['seconds_per_step']:7.3f} {r['factor_vs_full']:7.1f} "
-              f"{r['speech_seconds_per_second']:11.1f} {r['peak_memory_bytes'] / 1e9:8.2f} "
-              f"{r['share_of_limit']:8.0%} {r['useful_share_of_limit']:7.0%} "
-              f"{r['hours_5_epochs']:8.2f} {r['paper_hours'] or '-':>8}")  # fmt: skip
+    for r in rows:
+        faster = f"{r['factor_vs_full']:.1f}" if r["factor_vs_full"] else "-"
+        print(
+            f"{r['name']:32}{r['seconds_per_step']:7.3f} {faster:>7} "
+            f"{r['speech_seconds_per_second']:11.1f} {r['peak_memory_bytes'] / 1e9:8.2f} "
+            f"{r['share_of_limit']:8.0%} {r['useful_share_of_limit']:7.0%} "
+            f"{r['hours_5_epochs']:8.2f} {r['paper_hours'] or '-':>8}"
+        )
     print("The paper's hours: cached rows on an RTX 2080 Ti, others on an A40.")
     print("Limit:", ", ".join(f"{p} {rate / 1e12:.3g} TFLOP/s" for p, rate in rates.items()))
-    if rates.get("fp32", 0) > rates.get("mixed", math.inf):
-        print("Mixed precision multiplies more slowly here: take the fp32 rows (--precision fp32).")
 
 
 def show_targets(targets, details):
     print()
-    for name, value in targets.items():
-        line = f"{name:42} {value:10.4g}"
-        if name in TARGETS:
+    for name in {**TARGETS, **targets}:
+        line = f"{name:42} {targets[name]:10.4g}" if name in targets else f"{name:42}   not run"
+        if name in TARGETS and name in targets:
             sign, limit = TARGETS[name]
-            met = value >= limit if sign == ">=" else value <= limit
-            verdict = "met" if met else f"missed by {abs(value / limit - 1):.0%}"
+            met = targets[name] >= limit if sign == ">=" else targets[name] <= limit
+            verdict = "met" if met else f"missed by {abs(targets[name] / limit - 1):.0%}"
             line += f"  target {sign} {limit:g}: {verdict}"
         print(line)
-    missing = [name for name in TARGETS if name not in targets]
-    if missing:
-        print("not measured in this run:", ", ".join(missing))
-    frames = sum(SEGMENTS.values()) * quantiles(np.linspace(0, 1, 999)).mean() * FRAMES_A_SECOND
-    hours = frames / details["fill_frames_per_second"]["fill"] / 3600
-    print(f"\nA float16 cache of {', '.join(SEGMENTS)}: {frames * 2 * WIDTH / 1e9:.0f} GB, "
-          f"filled in {hours:.1f} hours on this machine.")  # fmt: skip
+    total = sum(SEGMENTS.values()) * quantiles(np.linspace(0, 1, 999)).mean() * FRAMES_A_SECOND
+    hours = total / details["fill_frames_per_second"]["fill"] / 3600
+    print(
+        f"\nA float16 cache of {', '.join(SEGMENTS)}: {total * 2 * WIDTH / 1e9:.0f} GB, "
+        f"filled in {hours:.1f} hours on this machine."
+    )
 
 
 def parse_args(argv):
@@ -642,8 +622,7 @@ def parse_args(argv):
     add("--rows", help=f"comma-separated, of: {', '.join(ROWS)}")
     add("--quick", action="store_true", help="fewer rows and targets")
     add("--json", metavar="FILE", help="write all figures there")
-    add("--memory", type=float, nargs="*", metavar="GB",
-        help="peaks of full at batch 32; on CUDA Table II for these caps, too (11 48)")  # fmt: skip
+    add("--memory", type=float, nargs="*", metavar="GB", help="peaks at 32; CUDA: caps (11 48)")
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and options.device != "cpu"
@@ -651,7 +630,7 @@ def parse_args(argv):
         parser.error("--device cuda and caps for --memory need a CUDA device")
     options.device = "cuda" if gpu else "cpu"
     options.batch = options.batch or (BATCH if gpu else 1)
-    if gpu and not options.quick:
+    if gpu and (options.memory is not None or not options.quick):
         options.memory = options.memory or [11.0, 48.0]
     options.rows = options.rows.split(",") if options.rows else QUICK if options.quick else [*ROWS]
     options.rows = [name.strip() for name in options.rows]
@@ -661,38 +640,47 @@ def parse_args(argv):
     return options
 
 
-def main(argv=None):
-    options = parse_args(argv)
-    if options.child:
-        return print(json.dumps(row_child(*json.loads(options.child))))
-    device, base = options.device, Memory("cpu").now()
+def measure(options, folder):
+    """All figures. Other processes come first: Linux counts what this one takes to those it starts,
+    and they may need all of the GPU."""
+    device, base, targets, details = options.device, Memory("cpu").now(), {}, {}
+    if not options.quick:
+        progress("resident memory")
+        peaks = details["resident_bytes"] = measure_resident(folder)
+        targets = {f"resident_memory_{kind}": p[1] / p[0] for kind, p in peaks.items()}
+    if options.memory is not None:
+        table = details["memory"] = measure_memory(device, options.memory)
+        whole, chunked = (table[name][0] for name in PEAKS)
+        if whole and chunked:
+            targets["recompute_memory"] = chunked / whole
     cpu = platform.processor() or platform.machine()
     machine = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    targets, details, table = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        if not options.quick:  # before this process grows: Linux counts that to those it starts
-            progress("resident memory")
-            peaks = details["resident_bytes"] = measure_resident(Path(folder))
-            targets = {f"resident_memory_{kind}": p[1] / p[0] for kind, p in peaks.items()}
-        encoder = base_encoder()
-        results, ratios, rates = measure_rows(options, encoder, base)
-        show_rows(results, rates)
-        mixed = rates.get("mixed", 0) > rates.get("fp32", 0)
-        more = measure_data(options, encoder, mixed, Path(folder))
-    targets, details = ratios | more[0] | targets, details | more[1]
-    if options.memory is not None:
-        peaks = details["peak_bytes_at_32"] = {name: child(name, device, []) for name in PEAKS}
-        targets["recompute_memory"] = peaks[PEAKS[1]] / peaks[PEAKS[0]]
+    fp32, half = "fp32", "fp16" if device == "cuda" else "bf16"
+    rates = {precision: matmul_rate(precision, device) for precision in (fp32, half)}
+    encoder = base_encoder()
+    rows, ratios = measure_rows(options, encoder, 0 if device == "cuda" else base)
+    show_rows(rows, rates)
+    mixed = rates[half] > rates[fp32]
+    if not mixed:
+        print("Mixed precision multiplies more slowly here: take the fp32 rows (--precision fp32).")
+    more, others = measure_data(options, encoder, mixed, folder)
+    targets, details = targets | ratios | more, details | others
     show_targets(targets, details)
-    if options.memory:
-        table = table_2(options.memory)
+    machine["matmul_flops_per_second"] = rates
+    return {"machine": machine, "rows": rows, "targets": targets, "details": details}
+
+
+def main(argv=None):
+    options = parse_args(argv)
+    if options.child:
+        return print(json.dumps(row_child(*json.loads(options.child))))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        figures = measure(options, Path(folder))  # without tqdm's bars
     progress("done")
     if options.json:
-        figures = {"machine": machine | {"matmul_flops_per_second": rates}, "rows": results}
-        figures |= {"targets": targets, "thresholds": TARGETS, "details": details}
-        Path(options.json).write_text(json.dumps(figures | {"table_2": table}, indent=1))
+        Path(options.json).write_text(json.dumps(figures | {"thresholds": TARGETS}, indent=1))
 
 
 if __name__ == "__main__":
