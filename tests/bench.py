@@ -547,9 +547,7 @@ def row_child(name, device, caps):
         try:
             with Memory(device) as memory:
                 job, batch = Job(args, base_encoder()), make_batch(lengths, args.cached, device)
-                for _ in range(
-                    5 if args.precision == "fp16" else 2
-                ):  # until the scaler has settled
+                for _ in range(5 if args.precision == "fp16" else 2):  # the scaler's first skip
                     job.step(*batch)
             found.append(True if cap else memory.peak)
         except RuntimeError as error:
