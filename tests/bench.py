@@ -240,10 +240,10 @@ def portion(args, n):
 
 
 @functools.cache
-def flops(name, lengths, chunk):
-    """Floating point operations of a step, recomputation not counted twice. Of shapes alone, each
-    chunk padded for the CNN, too."""
-    args = arguments(name, "cpu")
+def flops(line, lengths, chunk):
+    """Floating point operations of a step with these options, recomputation not counted twice. Of
+    shapes alone, each chunk padded for the CNN, too."""
+    args = train.parse_args(["--data", "x", "--out", "x", *line.split()])[1]
     args.padding = "paper"
     with torch.device("meta"):
         model = build(base_encoder(), args)
@@ -300,10 +300,10 @@ def measure_rows(options, encoder, base):
     for name, done in turns.items():
         seconds = statistics.median(seconds for _, seconds, _ in done)
         limit = statistics.median(rate * seconds for rate, seconds, _ in done)
-        args = arguments(name, options.device)
+        args, line = arguments(name, options.device), ROWS[name][0]
         lengths, scale = portion(args, options.batch)
-        arithmetic = scale * flops(name, tuple(lengths.tolist()), args.chunk)
-        useful = 16 * sum(flops(name, (n,), None) for n in LENGTHS[8::16].tolist())
+        arithmetic = scale * flops(line, tuple(lengths.tolist()), args.chunk)
+        useful = 16 * sum(flops(line, (n,), None) for n in LENGTHS[8::16].tolist())
         row = {"name": name, "turns": len(done), "seconds_per_step": seconds}
         row["speech_seconds_per_second"] = LENGTHS.sum().item() / RATE / seconds
         row |= {"peak_memory_bytes": max(peak for _, _, peak in done), "flops": arithmetic}
