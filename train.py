@@ -41,8 +41,8 @@ from ccc import ccc, ccc_loss
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_DEFAULTS = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
 # may differ to resume; corpus and encoder are compared by their contents
-NOT_THE_RUN = {"data", "model", "out", "cache", "device", "workers", "skip_bad", "resume", "debug"}
-NOT_THE_RUN |= {"demo"}
+NOT_THE_RUN = {"data", "model", "out", "cache", "device", "workers", "skip_bad"}
+NOT_THE_RUN |= {"resume", "demo", "debug"}
 
 
 def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=False):
@@ -99,7 +99,7 @@ def autocast(args):
 
 
 def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
-    """One pass over Train -> (mean loss of its steps, seconds of speech). `seconds`: in one unit of
+    """One pass over Train -> (mean loss of its steps, seconds of speech); `seconds` in one unit of
     length."""
     model.train()
     losses, spoken = [], 0.0
@@ -129,8 +129,7 @@ def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
 
 @torch.no_grad()
 def evaluate(model, loader, args):
-    """Predictions (N, 2) float32 of a whole split, in corpus order; and {attribute: CCC} over
-    it."""
+    """Predictions (N, 2) float32 of a split, in corpus order, and {attribute: CCC} over all of it."""
     model.eval()
     utterances = loader.dataset.utterances
     predictions = torch.empty(len(utterances), 2)
@@ -139,9 +138,7 @@ def evaluate(model, loader, args):
             batch = predict(model, inputs, lengths, args.device, args.cached, args.chunk)
         predictions[rows] = batch.float().cpu()
     if not predictions.isfinite().all():
-        raise ValueError(
-            "the model predicts NaN or infinity; try --precision fp32 or a smaller --lr"
-        )
+        raise ValueError("the model predicts NaN or infinity; try --precision fp32 or a lower --lr")
     targets = torch.tensor([[u.activation, u.valence] for u in utterances])
     activation, valence = ccc(predictions, targets).tolist()
     return predictions, {"activation": activation, "valence": valence}
@@ -292,8 +289,7 @@ def load_epoch(args, model, optimizer, scaler):
 
 
 def score(epoch):
-    """By what the best epoch is chosen: mean CCC over the whole of Development (our choice of
-    mean)."""
+    """What the best epoch is chosen by: mean of both CCCs on all of Development (our choice)."""
     return sum(epoch["dev"].values()) / len(epoch["dev"])
 
 

@@ -225,6 +225,7 @@ def both(*spoils):
 
 
 ROW = b"t0.wav,N,1.00"
+OTHER_DTYPE = {"hidden": torch.zeros(9, 8, dtype=torch.bfloat16)}  # NumPy has none
 UTF16 = (HEADER + "t0.wav,N,3,3,4,1,Male,Train\n").encode("utf-16")
 EVIL_CODE = {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}
 LAYER = "encoder.layers.3.attention.q_proj.weight"
@@ -367,6 +368,7 @@ BAD = {  # name: what is spoiled, the command, what the error says
         "run/last.pt is damaged"),
     "hostile shard": (hostile(SHARD), CACHED, SHARD, "UnpicklingError"),
     "hostile shard, verify": (hostile(SHARD, pickle.dump), VERIFY, "defects"),
+    "verify another dtype": (lambda: torch.save(OTHER_DTYPE, SHARD), VERIFY, "defects; delete"),
     "hostile weights": (both(remove("encoder/model.safetensors"),
         hostile("encoder/pytorch_model.bin", wrap=lambda evil: {LAYER: evil})), FILL,
         "cannot load encoder"),
