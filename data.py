@@ -180,7 +180,7 @@ def check_audio(utterances, sample_rate=16000):
     """Inspect every file -> ([Utterance with samples], [Problem])."""
     processes = min(16, os.cpu_count() or 1)
     with multiprocessing.Pool(processes, leave_signals) as pool:
-        reports = pool.map(inspect_quietly, [u.path for u in utterances], chunksize=64)
+        reports = pool.map(inspect_quietly, [u.path for u in utterances], chunksize=256)
         pool.close()
         pool.join()
     good, problems = [], []

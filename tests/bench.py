@@ -8,8 +8,8 @@ wav2vec2-base, random audio with lengths like MSP-Podcast's, and the functions t
     python tests/bench.py --memory              # peaks at batch 32; a CPU needs 34 GB, or swap
 
 Figures are for a batch of 32, of lengths evenly spread over the distribution. CUDA runs it whole. A
-CPU runs `--batch` of the 32, padded to the longest of all, or of a chunked row its middle chunk of
-4; the time of forward and backward is scaled up by what was left out, the optimizer's is not.
+CPU runs the `--batch` longest of the 32, or of a chunked row twice as many of its middle chunk; the
+time of forward and backward is scaled up by what was left out, the optimizer's is not.
 
 mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW on a batch
 in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and activations, on a
@@ -29,13 +29,14 @@ import io
 import json
 import math
 import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,9 +54,10 @@ import model as models
 import train
 from ccc import ccc_loss
 
-EPOCHS, BATCH, CHUNK = 5, 32, 4
+EPOCHS, BATCH = 5, 32
 RATE, FRAMES_A_SECOND, WIDTH = 16000, 49.9, 768
 SEGMENTS = {"Train": 84030, "Development": 19815, "Test1": 30647}  # MSP-Podcast 1.11
+SPLITS = {**SEGMENTS, "Test2": 14815, "Test3": 2347}
 AUDIO = {"sample_rate": RATE, "normalise": True}
 FINGERPRINT = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
 
@@ -228,39 +230,52 @@ def make_batch(lengths, cached, device):
     return inputs.to(device), lengths, torch.rand(len(lengths), 2).to(device)
 
 
+def chunks(args):
+    """Lengths in samples (chunks, utterances of each), from short to long: each chunk is padded to
+    its last."""
+    return LENGTHS.view(-1, args.chunk or BATCH)
+
+
 def portion(args, n):
     """Lengths in samples of what is run in place of the batch of 32, and how much more that is."""
     if n >= BATCH:
         return LENGTHS, 1.0
-    if not args.chunk:
-        return LENGTHS[-1:].repeat(n), BATCH / n
-    chunks = LENGTHS.view(-1, CHUNK)  # the last of each is what it is padded to
-    middle = chunks[len(chunks) // 2]
-    return middle, (chunks[:, -1].sum() / middle[-1]).item()
+    each = chunks(args)
+    middle = each[len(each) // 2, -2 * n if args.chunk else -n :]  # half as long: as many frames
+    padded = each[:, -1].sum() * each.shape[1]
+    return middle, (padded / (middle[-1] * len(middle))).item()
 
 
 @functools.cache
-def flops(line, lengths, chunk):
-    """Floating point operations of a step with these options, recomputation not counted twice. Of
-    shapes alone, each chunk padded for the CNN, too."""
+def flops(line):
+    """(b, a): with these options an utterance of T frames takes a T + b T² floating point
+    operations a step, recomputation not counted twice. Counted on shapes alone."""
     args = train.parse_args(["--data", "x", "--out", "x", *line.split()])[1]
-    args.padding = "paper"
     with torch.device("meta"):
         model = build(base_encoder(), args)
-    inputs, lengths, _ = make_batch(torch.tensor(lengths), args.cached, "meta")
     # PyTorch's own rule leaves out that the convolution with a backward pass has groups
     both = lambda gradient, x, weight, *_, **__: 2 * conv_flop_count(x, weight, gradient)
     rule = {torch.ops.aten.convolution_backward: both}
-    with FlopCounterMode(display=False, custom_mapping=rule) as counter:
-        train.predict(model, inputs, lengths, "meta", args.cached, chunk).sum().backward()
-    return counter.get_total_flops()
+    t, counts = [frames(5 * RATE), frames(10 * RATE)], []
+    for samples in (5 * RATE, 10 * RATE):
+        inputs, lengths, _ = make_batch(torch.tensor([samples]), args.cached, "meta")
+        with FlopCounterMode(display=False, custom_mapping=rule) as counter:
+            train.predict(model, inputs, lengths, "meta", args.cached).sum().backward()
+        counts.append(counter.get_total_flops() / frames(samples))
+    return np.polyfit(t, counts, 1)
+
+
+def arithmetic(line, lengths):
+    """Floating point operations of a step on utterances of these lengths, alone or so padded."""
+    (b, a), t = flops(line.partition("--padding")[0]), frames(lengths)
+    return (a * t + b * t * t).sum().item()
 
 
 def matmul_rate(precision, device):
     """Floating point operations a second of a large matrix product, the best of some."""
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=train.PRECISIONS[precision])
-    return 2 * n**3 / min(timed(torch.mm, a, a)[0] for _ in range(6))
+    return 2 * n**3 / min(timed(torch.mm, a, a)[0] for _ in range(4))
 
 
 def measure_row(name, encoder, options, base):
@@ -285,10 +300,10 @@ def measure_row(name, encoder, options, base):
 
 
 def measure_rows(options, encoder, base):
-    """([figures of a row], {target: ratio}). On a CPU rows of a target take three turns, others
-    one; rows that do not fit in a GPU's memory are left out."""
+    """([figures of a row], {target: ratio}). On CUDA rows take three turns, and those that do not
+    fit in its memory are left out; on a CPU rows of a target take two, others, or --quick, one."""
     turns, results, ratios = {name: [] for name in options.rows}, [], {}
-    for n in range(3):
+    for n in range(3 if options.device == "cuda" else 1 if options.quick else 2):
         for name, done in turns.items():
             if n == 0 or done and (name in COMPARED or options.device == "cuda"):
                 try:
@@ -300,14 +315,12 @@ def measure_rows(options, encoder, base):
     for name, done in turns.items():
         seconds = statistics.median(seconds for _, seconds, _ in done)
         limit = statistics.median(rate * seconds for rate, seconds, _ in done)
-        args, line = arguments(name, options.device), ROWS[name][0]
-        lengths, scale = portion(args, options.batch)
-        arithmetic = scale * flops(line, tuple(lengths.tolist()), args.chunk)
-        useful = 16 * sum(flops(line, (n,), None) for n in LENGTHS[8::16].tolist())
+        line, each = ROWS[name][0], chunks(arguments(name, options.device))
+        whole, useful = (arithmetic(line, x) for x in (each[:, -1:].expand_as(each), LENGTHS))
         row = {"name": name, "turns": len(done), "seconds_per_step": seconds}
         row["speech_seconds_per_second"] = LENGTHS.sum().item() / RATE / seconds
-        row |= {"peak_memory_bytes": max(peak for _, _, peak in done), "flops": arithmetic}
-        row |= {"share_of_limit": arithmetic / limit, "useful_share_of_limit": useful / limit}
+        row |= {"peak_memory_bytes": max(peak for _, _, peak in done), "flops": whole}
+        row |= {"share_of_limit": whole / limit, "useful_share_of_limit": useful / limit}
         row["hours_5_epochs"] = seconds * SEGMENTS["Train"] / BATCH * EPOCHS / 3600
         results.append(row | {"paper_hours": ROWS[name][1]})
     full = [row["seconds_per_step"] for row in results if row["name"] == "full fp32"]
@@ -321,15 +334,16 @@ def measure_rows(options, encoder, base):
 
 
 def write_corpus(root, n, lengths=LENGTHS):
-    """A corpus of n utterances in Train and n // 8 in Development and Test1: names of their own for
-    a few files of noise, one of each length."""
+    """A corpus of n utterances split as MSP-Podcast: names of their own for a few files of noise,
+    one of each length."""
     (root / "Audios").mkdir(parents=True)
     (root / "Labels").mkdir()
     sources, rng = [], np.random.default_rng(0)
     for i, samples in enumerate(lengths.tolist()):
         sources.append(root / f"source-{i}.wav")
         soundfile.write(sources[-1], 0.1 * rng.standard_normal(samples), RATE, subtype="PCM_16")
-    splits = ["Train"] * n + ["Development"] * (n // 8) + ["Test1"] * (n // 8)
+    share = np.array([*SPLITS.values()]) / sum(SPLITS.values())
+    splits = rng.choice([*SPLITS], n, p=share)
     with open(root / "Labels" / "labels_consensus.csv", "w") as file:
         file.write("FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n")
         for i, split in enumerate(splits):
@@ -340,10 +354,8 @@ def write_corpus(root, n, lengths=LENGTHS):
 def fill(folder, utterances, encode, width=WIDTH, size=8):
     """A CachedDataset of what `encode` makes of utterances."""
     os.makedirs(folder)
-    items, lengths = (
-        data.SpeechDataset(utterances, **AUDIO),
-        [frames(u.samples) for u in utterances],
-    )
+    items = data.SpeechDataset(utterances, **AUDIO)
+    lengths = [frames(u.samples) for u in utterances]
     how = width, encode, data.collate, size
     index = cache.fill(folder, FINGERPRINT, items, lengths, *how)
     return cache.CachedDataset(folder, utterances, index)
@@ -375,13 +387,8 @@ def measure_loop(job, dataset):
     """(train.train_epoch's step against a bare one: the median ratio; share of the time that it
     waits for data). Without the first step of an epoch, in which the loader's processes start and
     what they share with this one is copied as it changes."""
-    loader, waits, steps, pairs, bare = (
-        train.make_loader(dataset, None, job.args, 1),
-        [],
-        [],
-        [],
-        [],
-    )
+    loader = train.make_loader(dataset, None, job.args, 1)
+    waits, steps, pairs, bare = [], [], [], []
     job.epoch(watched(loader, waits, steps))  # without pauses for the loader to work ahead in
     job.epoch(watched(loader, [], pairs, job, bare))
     ratios = [a / b for a, b in zip(pairs[1:], bare[1:], strict=True)]
@@ -426,15 +433,14 @@ def measure_reading(dataset):
 def measure_startup(root, encoder):
     """Seconds of reading 150,000 label rows, of looking into the audio files, and of opening a
     cache of all."""
-    write_corpus(root, 120_000, LENGTHS[:1])
-    splits = ("Train", "Development", "Test1")
+    write_corpus(root, 150_000, LENGTHS[:1])
     read, (utterances, problems) = timed(data.read_corpus, root)
-    choose, utterances = timed(data.select, utterances, problems, splits)
+    choose, utterances = timed(data.select, utterances, problems, SEGMENTS)
     inspect, _ = timed(data.check_audio, utterances)
     entry = ["shard-00000.pt", 0, 281, 0, cache.audio_state(utterances[0].path)]
     index = {"fingerprint": FINGERPRINT, "seconds": 0.0, "shards": {}}
     cache.write_index(root, index | {"utterances": {u.name: entry for u in utterances}})
-    parts = {split: [u for u in utterances if u.split == split] for split in splits}
+    parts = {split: [u for u in utterances if u.split == split] for split in SEGMENTS}
     args, model = SimpleNamespace(cached=True, cache=root), SimpleNamespace(cut=9, encoder=encoder)
     opened, _ = timed(train.make_datasets, args, parts, model, AUDIO, "bench")
     return {"labels": read + choose, "inspect_audio": inspect, "open_cache": opened}
@@ -454,7 +460,7 @@ def measure_epochs(folder, utterances, device):
     job, seconds = Job(arguments("cached 1 fp32", device), encoder), {}
     width = encoder.config.hidden_size
     cached = fill(folder / "tiny-cache", utterances, noise(width), width)
-    for n in (1, 1, 2, 4, 8) * 3:
+    for n in (1, 1, 2, 4, 8) * 2:
         part = utterances[: n * len(utterances) // 8]
         items = cache.CachedDataset(cached.folder, part, cached.index)
         spent, _ = timed(job.epoch, train.make_loader(items, None, job.args, 1))
@@ -466,7 +472,7 @@ def measure_epochs(folder, utterances, device):
 def measure_data(options, encoder, mixed, folder):
     """(targets, details) of loop, cache, audio path and sizes, on corpora in `folder`."""
     device, gpu, targets, details = options.device, options.device == "cuda", {}, {}
-    write_corpus(folder / "corpus", 1280)
+    write_corpus(folder / "corpus", 640)
     utterances, _ = data.check_audio(data.read_corpus(folder / "corpus")[0])
     cached = fill(folder / "cache", utterances[:600], noise(WIDTH))
     size = sum(path.stat().st_size for path in cached.folder.iterdir())
@@ -475,26 +481,27 @@ def measure_data(options, encoder, mixed, folder):
     targets["shuffled_vs_ordered"] = reading["shuffled"] / reading["ordered"]
     targets["resample_x_realtime"] = measure_resampling(folder)
     progress("cache filling")
-    some = utterances[: 640 if gpu else 8 if options.quick else 24]
+    some = utterances[: 640 if gpu else 8 if options.quick else 16]
     speeds = details["fill_frames_per_second"] = measure_fill(encoder, some, folder, device)
     if options.quick:
         return targets, details
     targets["fill_vs_prefix"] = speeds["fill"] / speeds["prefix"]
     if gpu:
         targets["fill_vs_one_at_a_time"] = speeds["fill"] / speeds["alone"]
-    # on a CPU a cached step of one layer: the loop's own cost is a larger part of a faster step
+    # on a CPU few and short utterances: the loop's own cost is a larger part of a faster step
+    some = utterances if gpu else sorted(utterances[:600], key=lambda u: u.samples)
     names = "recommended" if gpu else "cached 1", "freeze-prefix 3"
-    for name, key, steps, batch in zip(names, ("_cached", ""), (12, 8), (4, 2), strict=True):
+    for name, key, steps, batch in zip(names, ("_cached", ""), (24, 8), (4, 2), strict=True):
         progress(f"loop: {name}")
         args = arguments(f"{name} {'mixed' if mixed else 'fp32'}", device)
         args.batch_size = BATCH if gpu else batch
-        some = utterances[: args.batch_size * (18 if gpu else steps)]
+        some = some[: args.batch_size * (18 if gpu else steps)]
         items = cache.CachedDataset(cached.folder, some, cached.index)
         items = items if args.cached else data.SpeechDataset(some, **AUDIO)
         overhead, waiting = measure_loop(Job(args, encoder), items)
         targets |= {f"loop_overhead{key}": overhead, f"waiting_share{key}": waiting}
     progress("sizes, and start-up with 150,000 label rows")
-    epochs = details["epoch_seconds_by_hours"] = measure_epochs(folder, utterances[:512], device)
+    epochs = details["epoch_seconds_by_hours"] = measure_epochs(folder, utterances[:256], device)
     logs = np.log(list(epochs)), np.log(list(epochs.values()))
     targets["epoch_exponent"] = np.polyfit(*logs, 1)[0]
     startup = details["startup_seconds"] = measure_startup(folder / "many", encoder)
@@ -518,21 +525,26 @@ def child(*line):
 
 
 def measure_resident(folder):
-    """{fill or train: peak resident bytes with 100 and with 1,000 utterances}, of commands with a
-    tiny encoder. Utterances of one length, so that no batch is larger by chance."""
-    peaks, encoder = {"fill": [], "train": []}, folder / "tiny"
+    """{fill or train: peak resident bytes with 60 and with 600 utterances}, of commands with a
+    tiny encoder, both sizes at once. Utterances of one length, so that no batch is larger by
+    chance."""
+    encoder = folder / "tiny"
     data.write_encoder(encoder, layers=1)
-    for n in (100, 1000):
+
+    def peaks(n):
         root, out = folder / f"corpus-{n}", folder / f"cache-{n}"
         write_corpus(root, n, LENGTHS[:1])
         common = ["--data", str(root), "--model", str(encoder), "--device", "cpu"]
         line = [*common, "--layer", "0", "--out", str(out)]
-        # shards so small that there are several of 100 utterances, too
+        # shards so small that there are several of 60 utterances, too
         code = f"import cache; cache.SHARD_BYTES = 2**20; cache.main({line})"
-        peaks["fill"].append(child("-c", code)[1])
+        filled = child("-c", code)[1]
         line = [*common, "--cache", out, "--layers", 1, "--out", folder / f"run-{n}"]
-        peaks["train"].append(child("train.py", *line, "--epochs", 1)[1])
-    return peaks
+        return filled, child("train.py", *line, "--epochs", 1)[1]
+
+    with ThreadPoolExecutor() as pool:
+        small, large = pool.map(peaks, (60, 600))
+    return {"fill": (small[0], large[0]), "train": (small[1], large[1])}
 
 
 def row_child(name, device, caps):
@@ -651,8 +663,8 @@ def measure(options, folder):
         whole, chunked = (table[name][0] for name in PEAKS)
         if whole and chunked:
             targets["recompute_memory"] = chunked / whole
-    cpu = platform.processor() or platform.machine()
-    machine = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu}
+    cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
+    machine = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu or "CPU"}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     fp32, half = "fp32", "fp16" if device == "cuda" else "bf16"
