@@ -1,7 +1,8 @@
 """A disk cache of the frozen layers' outputs (section IV-C), filled once and read by every run that
 freezes them.
 
-Everything but `main` stands alone: copy it. As a command (which imports data.py and model.py):
+Everything above `parse_args` stands alone: copy it. As a command (which imports data.py and
+model.py):
 
     python cache.py --data MSP-Podcast --layer 9 --out cache/layer9     # for the last 3 of 12 layers
     python cache.py --data MSP-Podcast --layer 9 --out cache/layer9 --verify      # read all of it back
@@ -125,9 +126,7 @@ def audio_changed(path, state):
     """Whether an audio file differs from its `audio_state`. Its contents are read only if size or
     time differ."""
     stat = os.stat(path)
-    if [stat.st_size, stat.st_mtime_ns] == state[:2]:
-        return False
-    return zlib.crc32(Path(path).read_bytes()) != state[2]
+    return [stat.st_size, stat.st_mtime_ns] != state[:2] and audio_state(path)[2] != state[2]
 
 
 def refuse_changed(folder, utterances, entries):
@@ -305,8 +304,9 @@ def verify(folder, utterances):
     for u in utterances:
         if u.name not in index["utterances"]:
             defects.append(f"{u.name}: not in the cache")
-        elif audio_changed(u.path, [0, 0, index["utterances"][u.name][4][2]]):
-            defects.append(f"{u.name}: its audio file has changed")
+        elif audio_state(u.path)[2] != index["utterances"][u.name][4][2]:
+            shard = index["utterances"][u.name][0]
+            defects.append(f"{shard}: the audio file of {u.name} has changed")
     return defects
 
 

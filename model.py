@@ -1,7 +1,7 @@
 """wav2vec 2.0 with two heads, as `suffix(prefix(x))`: freezing, LoRA, saving, and the two kinds of
 padding (section IV).
 
-Everything but `main` stands alone: copy it. As a command:
+Everything above `predict` stands alone: copy it. As a command:
 
     python model.py predict RUN clip.wav folder/ --csv predictions.csv   # imports data.py
     python model.py export RUN OUT                                # a folder that Hugging Face loads
@@ -44,8 +44,8 @@ class EmotionModel(nn.Module):
 
     `frozen` is all that comes before the first trainable parameter, without gradient; `trained` the
     rest. Where they meet is `cut`, set by `freeze`: a transformer layer, or None where only the CNN
-    is frozen. LayerDrop and SpecAugment are left out (our choice: neither can exist behind a
-    cache).
+    is frozen. LayerDrop and SpecAugment are left out (our choice: behind a cache there is nothing
+    left for SpecAugment to mask, and every row should train the same way).
     """
 
     def __init__(self, encoder, dropout=0.2, padding="paper"):
@@ -58,8 +58,9 @@ class EmotionModel(nn.Module):
         self.cut = None
 
     def train(self, mode=True):
-        """Train mode for what is trained; frozen parts stay in eval mode, so that their output for
-        an utterance does not change (section IV-C)."""
+        """Train mode for parts with anything trainable in them, a layer with LoRA adapters too;
+        frozen parts stay in eval mode: their output for an utterance does not change (section
+        IV-C)."""
         super().train(mode)
         encoder = self.encoder.encoder
         front = self.encoder.feature_extractor, self.encoder.feature_projection
@@ -328,6 +329,11 @@ def predict(args):
     if args.csv and not Path(args.csv).absolute().parent.is_dir():
         raise ValueError(f"--csv {args.csv}: its folder does not exist; make it first")
     model, audio = load_run(args.run)
+    for _, path in files:  # all of them, before --csv is touched
+        try:
+            data.inspect_audio(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     with open(args.csv, "w", newline="") if args.csv else nullcontext(sys.stdout) as out:
@@ -397,7 +403,7 @@ def params(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         usage="python model.py {predict,export,params} ... (--help for all)",
-        description=__doc__.split("\n")[0],
+        description="Predict with a run, export it, or count what each row of Table I trains.",
     )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("predict", help="predict audio files with a trained run")

@@ -61,9 +61,7 @@ def read_run(folder):
             run["build_hours"] = result["cache"]["seconds"] / 3600 if run["cached"] else 0.0
             run["parameters"] = int(result["trainable_parameters"])
             numbers = [run[key] for key in (*TASKS, "train_hours", "eval_hours", "build_hours")]
-            if not (
-                all(map(math.isfinite, numbers)) and run["train_hours"] * run["parameters"] > 0
-            ):
+            if not all(map(math.isfinite, numbers)) or run["train_hours"] * run["parameters"] <= 0:
                 raise ValueError(
                     "a test CCC or a time is NaN or infinite, or training took no time"
                 )
@@ -335,7 +333,8 @@ def notes(rows, lost, p_anova, args):
 
 
 def show(table, form):
-    """Prints a table of strings, header first, as text (long names wrapped), Markdown or LaTeX."""
+    """Prints a table of strings, header first, as text (long names wrapped), Markdown, LaTeX or
+    CSV."""
     if form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(table)
     elif form == "markdown":
@@ -446,6 +445,7 @@ def plot(rows, path):
 def commands(args):
     """The cache.py and train.py lines of Table I that are still to do, quoted for a shell."""
     corpus = ["--data", args.data] + (["--model", args.model] if args.model else [])
+    corpus += ["--skip-bad"] * args.skip_bad
     both = ("fp32", args.mixed)
     table = [("lora", 0, "fp32", False)]
     table += [("partial", n, precision, False) for n in (1, 2, 3) for precision in both]
@@ -529,6 +529,7 @@ def parse_args(argv=None):
     add("--commands", action="store_true", help="print a line for each run of Table I to be done")
     add("--data", metavar="ROOT", help="corpus, as train.py takes it")
     add("--model", help="encoder (default: train.py's)")
+    add("--skip-bad", action="store_true", help="for each line, as train.py takes it")
     add("--cache-root", metavar="DIR", help="also the cached rows, with their caches in DIR")
     add("--seeds", type=int, default=5, help="seeds a row (default: 5)")
     add("--mixed", choices=("fp16", "bf16"), default="fp16", help="mixed precision (default: fp16)")

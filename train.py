@@ -40,7 +40,7 @@ from ccc import ccc, ccc_loss
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_DEFAULTS = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
-# may differ to resume; corpus and encoder are compared by their contents
+# may differ to resume; corpus, encoder and cache are compared by their contents
 NOT_THE_RUN = {"data", "model", "out", "cache", "device", "workers", "skip_bad"}
 NOT_THE_RUN |= {"resume", "demo", "debug"}
 
@@ -54,7 +54,7 @@ def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=
     split for the loss: all predictions come back together, for one loss and one backward. In
     "exact" padding they are those of the whole batch. With `recompute` a chunk's activations are
     dropped and computed again in the backward pass, dropout included: peak memory is that of one
-    chunk. What comes before the first trainable parameter is not computed twice.
+    chunk. What `model.frozen` computes is not computed twice.
     """
     frames = lengths if cached else model.frames(lengths)
     order = frames.argsort(stable=True)  # by frames: a cached run draws the same dropout for a row
@@ -74,13 +74,12 @@ def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=
 def make_loader(dataset, lengths, args, epoch=None):
     """Batches of one epoch: shuffled by seed and epoch for training; without `epoch`, for
     evaluation, in corpus order or, where padding changes nothing, from short to long."""
+    order = list(range(len(dataset)))
     if epoch is not None:
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(dataset), generator=generator).tolist()
     elif args.padding == "exact":
-        order = sorted(range(len(dataset)), key=lengths.__getitem__)
-    else:
-        order = list(range(len(dataset)))
+        order.sort(key=lengths.__getitem__)
     batches = [order[k : k + args.batch_size] for k in range(0, len(order), args.batch_size)]
     if epoch is not None and len(batches[-1]) == 1 < len(batches):
         batches.pop()  # the CCC of one utterance says nothing
@@ -99,8 +98,8 @@ def autocast(args):
 
 
 def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
-    """One pass over Train -> (mean loss of its steps, seconds of speech); `seconds` in one unit of
-    length."""
+    """One pass over Train -> (mean loss of its steps, seconds of speech); `seconds`: of a sample, or
+    of a frame, whichever the loader counts lengths in."""
     model.train()
     losses, spoken = [], 0.0
     with tqdm(unit="speech-s", unit_scale=True, desc=title, leave=False) as bar:
@@ -181,10 +180,11 @@ def write_predictions(path, utterances, predictions):
 
 def read_splits(args):
     """{split: [Utterance]} of Train, Development and the test split. What cannot be trained on is
-    refused here, before anything is computed; a cached run reads no audio, so none is inspected."""
+    refused here, before anything is computed. A cached run reads no audio, so it inspects none,
+    but for --skip-bad: it must skip what filling has skipped."""
     utterances, problems = data.read_corpus(args.data)
     utterances = [u for u in utterances if u.split in args.splits]
-    if not args.cached:
+    if not args.cached or args.skip_bad:
         utterances, more = data.check_audio(utterances)
         problems += more
     utterances = data.select(utterances, problems, args.splits, args.skip_bad)
@@ -241,7 +241,7 @@ def describe(args, model, splits, encoder, index):
 
 def check_config(args, inputs):
     """Refuse to mix runs: --resume continues a run only with the arguments it was started with, and
-    then with the `inputs`, hashes of corpus and encoder."""
+    then with the `inputs`: hashes of corpus and encoder, and what the cache was made from."""
     path = Path(args.out, "config.json")
     if not path.exists():
         return
@@ -309,6 +309,7 @@ def run(args):
     index = datasets[args.splits[0]][0].index if args.cached else None
     result = describe(args, model, splits, encoder, index)
     inputs = {key: result[key] for key in ("corpus", "encoder")}
+    inputs["fingerprint"] = index and index["fingerprint"]
     check_config(args, inputs)
     config = {**vars(args), **inputs, "versions": result["versions"]}
     write_json(Path(args.out, "config.json"), config)
@@ -324,8 +325,8 @@ def run(args):
         write_json(Path(args.out, "result.json"), result)
         smaller = max(1, (args.chunk or 8) // 2)
         raise ValueError(
-            f"out of memory, recorded in {args.out}/result.json. The same batch in less memory: "
-            f"--chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
+            f"out of memory, recorded in {args.out}/result.json. The same CCC over the batch in less "
+            f"memory: --chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
         ) from error
 
 
@@ -391,8 +392,9 @@ def demo(folder):
     times.append(time.perf_counter())
     cache.main(["--data", corpus, "--model", encoder, "--layer", "1", "--out", cached])
     times.append(time.perf_counter())
-    arguments = ["--data", corpus, "--model", encoder, "--cache", cached, "--out", out]
-    main([*arguments, "--epochs", "10", "--lr", "2e-3", "--resume"])
+    arguments = ["--data", corpus, "--model", encoder, "--cache", cached, "--padding", "exact"]
+    arguments += ["--chunk", "4", "--epochs", "10", "--lr", "2e-3", "--out", out, "--resume"]
+    main(arguments)
     times.append(time.perf_counter())
     test = json.loads(Path(out, "result.json").read_text())["test"]
     written, filled, trained = (after - before for before, after in itertools.pairwise(times))

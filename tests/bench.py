@@ -8,8 +8,9 @@ wav2vec2-base, random audio with lengths like MSP-Podcast's, and the functions t
     python tests/bench.py --memory              # peaks at batch 32; a CPU needs 34 GB, or swap
 
 Figures are for a batch of 32, of lengths evenly spread over the distribution. CUDA runs it whole. A
-CPU runs the `--batch` longest of the 32, or of a chunked row twice as many of its middle chunk; the
-time of forward and backward is scaled up by what was left out, the optimizer's is not.
+CPU runs the `--batch` longest of the 32, or of a chunked row twice as many (at most 4) of its
+middle chunk; the time of forward and backward is scaled up by what was left out, the optimizer's is
+not.
 
 mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW on a batch
 in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and activations, on a
@@ -241,7 +242,8 @@ def portion(args, n):
     if n >= BATCH:
         return LENGTHS, 1.0
     each = chunks(args)
-    middle = each[len(each) // 2, -2 * n if args.chunk else -n :]  # half as long: as many frames
+    # about half as long in the middle, so twice as many make as many frames
+    middle = each[len(each) // 2, -2 * n if args.chunk else -n :]
     padded = each[:, -1].sum() * each.shape[1]
     return middle, (padded / (middle[-1] * len(middle))).item()
 
@@ -256,13 +258,13 @@ def flops(line):
     # PyTorch's own rule leaves out that the convolution with a backward pass has groups
     both = lambda gradient, x, weight, *_, **__: 2 * conv_flop_count(x, weight, gradient)
     rule = {torch.ops.aten.convolution_backward: both}
-    t, counts = [frames(5 * RATE), frames(10 * RATE)], []
+    counts = {}
     for samples in (5 * RATE, 10 * RATE):
         inputs, lengths, _ = make_batch(torch.tensor([samples]), args.cached, "meta")
         with FlopCounterMode(display=False, custom_mapping=rule) as counter:
             train.predict(model, inputs, lengths, "meta", args.cached).sum().backward()
-        counts.append(counter.get_total_flops() / frames(samples))
-    return np.polyfit(t, counts, 1)
+        counts[frames(samples)] = counter.get_total_flops() / frames(samples)
+    return np.polyfit(list(counts), list(counts.values()), 1)
 
 
 def arithmetic(line, lengths):
@@ -301,7 +303,8 @@ def measure_row(name, encoder, options, base):
 
 def measure_rows(options, encoder, base):
     """([figures of a row], {target: ratio}). On CUDA rows take three turns, and those that do not
-    fit in its memory are left out; on a CPU rows of a target take two, others, or --quick, one."""
+    fit in its memory are left out; on a CPU those that a target names take two, others, and all
+    with --quick, one."""
     turns, results, ratios = {name: [] for name in options.rows}, [], {}
     for n in range(3 if options.device == "cuda" else 1 if options.quick else 2):
         for name, done in turns.items():
@@ -555,7 +558,7 @@ def row_child(name, device, caps):
     for cap in (None, *caps):
         if cap:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total))
         try:
             with Memory(device) as memory:
                 job, batch = Job(args, base_encoder()), make_batch(lengths, args.cached, device)

@@ -354,7 +354,8 @@ BAD = {  # name: what is spoiled, the command, what the error says
     "verify a missing shard": (remove(SHARD), VERIFY, "cache has", "defects; delete"),
     "verify an edited index": (replace(b'"bytes": ', b'"bytes": 1', "cache/index.json"), VERIFY,
         "is damaged or was changed; delete cache"),
-    "verify changed audio": (clip(noise(0.15)), VERIFY, "cache has 1 defects"),
+    "predict, short audio last": (both(clip(noise(0.01)), write("old.csv", b"kept")),
+        f"model predict run corpus/Audios/t1.wav {CLIP} --csv old.csv", f"{CLIP}: shorter than"),
     # hostile files
     "hostile best.pt": (hostile("run/best.pt"), PREDICT, "run/best.pt is not a checkpoint"),
     "hostile plain pickle": (hostile("run/best.pt", pickle.dump), PREDICT, "run/best.pt is not a"),
@@ -482,10 +483,12 @@ def test_all_problems_in_one_pass(world, capsys):
     assert exit.value.code == 1 and out.endswith("7 problems\n")
     assert all(f"1 x {kind}\n    " in out for kind in kinds)
     refused(TRAIN, capsys, "7 utterances cannot be used", *(f"1 {kind}" for kind in kinds))
-    call(f"{FILL} --skip-bad")
-    assert "skipped 7 utterances: 1 " in capsys.readouterr().out
-    call(f"{TRAIN.replace('new', 'new/run')} --skip-bad")
-    assert "skipped 7 utterances: 1 " in capsys.readouterr().out
+    runs = [f"{TRAIN.replace('new', f'new/{name}')} --skip-bad" for name in ("run", "cached")]
+    for line in (f"{FILL} --skip-bad", runs[0], f"{runs[1]} --cache new"):
+        call(line)
+        assert "skipped 7 utterances: 1 " in capsys.readouterr().out
+    results = [json.loads(Path("new", run, "result.json").read_text()) for run in ("run", "cached")]
+    assert results[0]["corpus"] == results[1]["corpus"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -503,6 +506,16 @@ def test_verify_names_them(damage, world, capsys):
     call(REFILL)
     call(VERIFY)
     assert contents()[SHARD] == before[SHARD]
+
+
+def test_verify_changed_audio(world, capsys):
+    """--verify names the shard that was made from another audio file. Deleted and filled again, all
+    is intact."""
+    clip(noise(0.15))()
+    found = re.search(r"(.*): the audio file of t0.wav has changed", refused(VERIFY, capsys))
+    Path("cache", found[1]).unlink()
+    call(REFILL)
+    call(VERIFY)
 
 
 @pytest.mark.parametrize("line", [TRAIN, FILL, CACHED])
@@ -535,6 +548,17 @@ def test_out_of_memory(world, capsys, monkeypatch):
     assert result["out_of_memory"] is True and "test" not in result and result["chunk"] == 8
     call(f"{TRAIN} --chunk 8 --resume")
     assert json.loads(Path("new/result.json").read_text())["out_of_memory"] is False
+
+
+def test_resumed_on_another_cache(world, capsys):
+    """A run is resumed on the same cache in another place, but not on one with other contents."""
+    call(CACHED)
+    Path("new/result.json").unlink()
+    Path("cache").rename("moved")
+    call(f"{CACHED} --resume --cache moved")
+    Path("new/result.json").unlink()
+    call(f"{REFILL} --dtype float32")
+    refused(f"{CACHED} --resume", capsys, "new was started with fingerprint ", "float16")
 
 
 @pytest.mark.parametrize("change", ["labels", "encoder"])

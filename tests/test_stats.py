@@ -279,6 +279,8 @@ def test_commands_of_the_whole_sweep(tmp_path, capsys):
         (folder / "result.json").touch()
     left = [shlex.split(line) for line in table(capsys, *args).splitlines()]
     assert left == lines[:2] + lines[3:-10]
+    more = table(capsys, *args, "--skip-bad").splitlines()
+    assert all("--skip-bad" in line for line in more) and len(more) == len(left)
     assert "--data" in refusal(capsys, "--commands")
 
 
