@@ -74,6 +74,13 @@ def lock(folder):
         yield
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory is full: a CPU and CUDA's libraries each have their
+    words for it."""
+    words = "out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def index_checksum(index):
     rest = {key: value for key, value in index.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -397,7 +404,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; the same command continues", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         smaller = max(1, args.batch_size // 2)
         parser.error(f"out of memory; finished shards are kept: --batch-size {smaller}")
     except (ValueError, OSError) as error:

@@ -380,36 +380,8 @@ def write_csv(rows):
     writer.writerows(lines)
 
 
-def label_points(axes, names, points, bars):
-    """Each name beside its point: at the first place, going outwards, that covers nothing else.
-
-    points (N, 2) and bars (N,), half the height of each error bar, are in the units of the axes.
-    """
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    renderer = axes.figure.canvas.get_renderer()
-    frame, turns = axes.get_window_extent(renderer), np.arange(16) / 8 * np.pi
-    pixels = axes.transData.transform(points)
-    tops = axes.transData.transform(points + np.stack([0 * bars, bars], axis=1)) + 5
-    taken = [Bbox([2 * pixel - top, top]) for pixel, top in zip(pixels, tops, strict=True)]
-    style = {"fontsize": 9, "va": "center", "arrowprops": {"arrowstyle": "-", "lw": 0.5}}
-    for index, name in enumerate(names):
-        label = axes.annotate(name, points[index], (0, 0), textcoords="offset pixels", **style)
-        for radius, turn in [(radius, turn) for radius in range(14, 120, 4) for turn in turns]:
-            label.xyann = shift = (radius * np.cos(turn), radius * np.sin(turn))
-            label.set_ha("left" if shift[0] >= 0 else "right")
-            label.update_positions(renderer)
-            box = Text.get_window_extent(label, renderer)  # of the name, without its line
-            inside = all(frame.contains(*corner) for corner in box.corners())
-            nearest = np.hypot(*(pixels - pixels[index] - shift).T).argmin() == index
-            if inside and nearest and not box.count_overlaps(taken):
-                break
-        taken.append(box)
-
-
 def plot(rows, path):
-    """CCC against training time, a panel a task; bars are one sd, hollow squares cached rows."""
+    """CCC against training time, a panel a task; bars are one sd."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -418,28 +390,27 @@ def plot(rows, path):
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     unit, scale, _ = time_unit(rows)
     figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle("Number: layers finetuned. Hollow square: cached. Bars: one sd.", fontsize=10)
-    colors = {"lora": "tab:green", "partial": "tab:blue", "full": "tab:red"}
-    hours = np.array([row["train_hours"].mean() for row in rows]) * scale
+    figure.suptitle("Number: last layers trained. F: full. L: LoRA. Bars: one sd.", fontsize=10)
+    kinds = [short_name(row).split(" ", 1)[1] for row in rows]  # fp32, fp32 cached, ...
+    colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kinds))}
+    hours = [row["train_hours"] * scale for row in rows]
     for task, axes in zip(TASKS, figure.subplots(2, 1), strict=True):
-        for row, x in zip(rows, hours, strict=True):
-            style = {"marker": "s", "mfc": "white"} if row["cached"] else {"marker": "o"}
-            sds = {"xerr": row["train_hours"].std(ddof=1) * scale, "yerr": row[task].std(ddof=1)}
-            axes.errorbar(x, row[task].mean(), **sds, **style, color=colors[row["method"]], lw=1)
-        if max(hours) > 5 * min(hours):
+        for row, kind, x in zip(rows, kinds, hours, strict=True):
+            number = {"full": "F", "lora": "L"}.get(row["method"], row["layers"])
+            style = {"marker": f"${number}$", "ms": 10, "lw": 0.7, "color": colors[kind]}
+            sds = {"xerr": x.std(ddof=1), "yerr": row[task].std(ddof=1)}
+            axes.errorbar(x.mean(), row[task].mean(), **sds, **style)
+        for kind, color in colors.items():
+            axes.plot([], label=kind, color=color)
+        axes.legend(fontsize=9)
+        if np.max(hours) > 5 * np.min(hours):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
         axes.margins(0.1)
         axes.set(ylabel=f"{task} CCC", xlabel=f"training time ({unit})")
         axes.grid(alpha=0.3)
-    canvas.draw()  # lays the axes out, so that labels can be placed
-    names = [row["name"].replace(" cached", "").replace("partial", "") for row in rows]
-    for task, axes in zip(TASKS, figure.axes, strict=True):
-        points = np.stack([hours, [row[task].mean() for row in rows]], axis=1)
-        label_points(axes, names, points, np.array([row[task].std(ddof=1) for row in rows]))
-    figure.savefig(path)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def commands(args):

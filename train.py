@@ -279,9 +279,11 @@ def load_epoch(args, model, optimizer, scaler):
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["generators"]["cpu"])
-        if args.device == "cuda":
+        if args.device == "cuda" and "cuda" in saved["generators"]:  # not if started on a CPU
             torch.cuda.set_rng_state(saved["generators"]["cuda"])
         return saved["history"]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a foreign or damaged file makes of the reader
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); delete {args.out} to start anew"
@@ -318,8 +320,7 @@ def run(args):
     try:
         fit(args, model.to(args.device), settings, datasets, seconds, result)
     except (RuntimeError, MemoryError) as error:
-        kinds = torch.OutOfMemoryError, MemoryError
-        if not isinstance(error, kinds) and "allocate memory" not in str(error):
+        if not cache.out_of_memory(error):
             raise
         result |= {"out_of_memory": True, "peak_memory_bytes": peak_memory_bytes(args.device)}
         write_json(Path(args.out, "result.json"), result)

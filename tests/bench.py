@@ -15,8 +15,9 @@ not.
 mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW on a batch
 in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and activations, on a
 CPU of what is run, Python with its libraries included. of limit: the step's arithmetic, padding
-included, over the rate of a large matrix product in that precision just before; useful: the same of
-true frames only. hours: 5 epochs over MSP-Podcast's Train. Every ratio is of one run. Linux only.
+included, over the rate of a large matrix product in that precision just before (on CUDA PyTorch
+runs convolutions in TF32 by default, so fp32 rows may pass 100 %); useful: the same of true frames
+only. hours: 5 epochs over MSP-Podcast's Train. Every ratio is of one run. Linux only.
 Nothing is left on disk.
 """
 
@@ -70,7 +71,12 @@ def quantiles(u):
     return 2.75 - np.log(1 - u * (1 - math.exp(-8.25 * rate))) / rate
 
 
-LENGTHS = torch.from_numpy(quantiles((np.arange(BATCH) + 0.5) / BATCH) * RATE).long()  # sorted
+def spread(n):
+    """n lengths in samples, evenly spread over the distribution, from short to long."""
+    return torch.from_numpy(quantiles((np.arange(n) + 0.5) / n) * RATE).long()
+
+
+LENGTHS = spread(BATCH)
 
 ROWS = {}  # name: (options of train.py, the paper's hours: cached on an RTX 2080 Ti, else on an A40)
 for title, line, *paper in (
@@ -312,7 +318,9 @@ def measure_rows(options, encoder, base):
                 try:
                     done.append(measure_row(name, encoder, options, base))
                     progress(f"turn {n + 1}: {name} {done[-1][1]:.3f} s")
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not cache.out_of_memory(error):
+                        raise
                     progress(f"{name}: out of memory")
     turns = {name: done for name, done in turns.items() if done}
     for name, done in turns.items():
@@ -331,12 +339,12 @@ def measure_rows(options, encoder, base):
         row["factor_vs_full"] = full[0] / row["seconds_per_step"] if full else None
     for target, (slow, fast) in RATIOS.items():
         if slow in turns and fast in turns:
-            pairs = zip(turns[slow], turns[fast], strict=True)
+            pairs = zip(turns[slow], turns[fast], strict=False)  # a turn may lack memory
             ratios[target] = statistics.median(a[1] / b[1] for a, b in pairs)
     return results, ratios
 
 
-def write_corpus(root, n, lengths=LENGTHS):
+def write_corpus(root, n, lengths):
     """A corpus of n utterances split as MSP-Podcast: names of their own for a few files of noise,
     one of each length."""
     (root / "Audios").mkdir(parents=True)
@@ -475,7 +483,7 @@ def measure_epochs(folder, utterances, device):
 def measure_data(options, encoder, mixed, folder):
     """(targets, details) of loop, cache, audio path and sizes, on corpora in `folder`."""
     device, gpu, targets, details = options.device, options.device == "cuda", {}, {}
-    write_corpus(folder / "corpus", 640)
+    write_corpus(folder / "corpus", 640, spread(640))
     utterances, _ = data.check_audio(data.read_corpus(folder / "corpus")[0])
     cached = fill(folder / "cache", utterances[:600], noise(WIDTH))
     size = sum(path.stat().st_size for path in cached.folder.iterdir())
@@ -552,13 +560,16 @@ def measure_resident(folder):
 
 def row_child(name, device, caps):
     """Some steps of a row at batch 32, the longest 11 s: [peak bytes or None, and for each cap in
-    GB whether that is enough]."""
+    GB whether that is enough, None for more than the card has]."""
     lengths, found, args = LENGTHS.clone(), [], arguments(name, device)
     lengths[-1] = 11 * RATE
     for cap in (None, *caps):
         if cap:
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total))
+            share = cap * 1e9 / torch.cuda.get_device_properties(0).total_memory
+            if share > 1:
+                found.append(None)
+                continue
+            torch.cuda.set_per_process_memory_fraction(share)
         try:
             with Memory(device) as memory:
                 job, batch = Job(args, base_encoder()), make_batch(lengths, args.cached, device)
@@ -566,8 +577,7 @@ def row_child(name, device, caps):
                     job.step(*batch)
             found.append(True if cap else memory.peak)
         except RuntimeError as error:
-            words = "out of memory", "allocate memory", "ALLOC_FAILED", "find an engine"
-            if not any(word in str(error) for word in words):
+            if not cache.out_of_memory(error):
                 raise
             found.append(False if cap else None)
         job = batch = None
@@ -587,8 +597,8 @@ def measure_memory(device, caps):
             peak, *fits = table[name] = json.loads(child(*line)[0])
         except RuntimeError as error:
             progress(error)
-            peak, *fits = table[name] = [None, *[False] * len(caps)]
-        marks = "".join(f"{'✓' if fit else '✗':>10}" for fit in fits)
+            peak, *fits = table[name] = [None] * (1 + len(caps))
+        marks = "".join(f"{ {True: '✓', False: '✗', None: '?'}[fit]:>10}" for fit in fits)
         print(f"{name:32}{f'{peak / 1e9:.2f}' if peak else '-':>8}{marks}", flush=True)
     return table
 

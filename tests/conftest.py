@@ -89,8 +89,8 @@ def fill(corpus, encoder):
     """fill(folder, *options): cache.py on the tiny corpus."""
 
     def run(folder, *options):
-        paths = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 0]
-        cache.main([str(argument) for argument in [*paths, *options]])
+        arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 0]
+        cache.main([str(argument) for argument in [*arguments, "--device", "cpu", *options]])
 
     return run
 

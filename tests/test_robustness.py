@@ -530,12 +530,19 @@ def test_worker_errors(line, world, capsys, monkeypatch):
     refused(line.replace("--workers 0", "--workers 1"), capsys, "ValueError: ", fragment)
 
 
-def test_out_of_memory(world, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's
+    ],
+)
+def test_out_of_memory(error, world, capsys, monkeypatch):
     """Running out of memory is recorded, and the line names smaller values; it does not count as
     finished."""
 
     def predict(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "predict", predict)
