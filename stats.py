@@ -146,10 +146,11 @@ def find_baseline(rows):
 
 
 def find_twin(row, rows):
-    """A cached row's uncached equal; of several, the one of the same chunk and recompute."""
+    """A cached row's uncached equal, which trains more (see model.freeze); without it, the one with
+    --freeze-prefix, which trains the same. Of several, the one of the same chunk and recompute."""
     same = ("method", "layers", "precision", "padding", "rank", "alpha", "lora_dropout")
-    found = [r for r in rows if not (r["cached"] or r["freeze_prefix"])]
-    found = [r for r in found if all(r[key] == row[key] for key in same)]
+    found = [r for r in rows if not r["cached"] and all(r[key] == row[key] for key in same)]
+    found = [r for r in found if not r["freeze_prefix"]] or found
     if len(found) > 1:
         found = [r for r in found if all(r[key] == row[key] for key in ("chunk", "recompute"))]
     return found[0] if found else None

@@ -158,8 +158,12 @@ def test_no_t_test_marks_without_anova(tmp_path, capsys):
 
 
 def test_cached_rows_meet_their_own_twin(tmp_path, capsys):
-    """A cached row is tested, uncorrected, against its uncached twin: NS, † or ‡, never full's."""
+    """A cached row is tested, uncorrected, against its uncached twin: NS, † or ‡, never full's; one
+    of LoRA without a twin is not, and one with only a frozen twin against that."""
     write_row(tmp_path, (0.9, 0.01))
+    write_row(tmp_path, (0.6, 0.01), method="partial", layers=4, freeze_prefix=True)
+    write_row(tmp_path, (0.6, 0.01), method="partial", layers=4, cached=True)
+    write_row(tmp_path, (0.6, 0.01), method="lora", layers=3, cached=True)
     for n, shift in ((1, 0.001), (2, -0.016), (3, 0.016)):
         write_row(tmp_path, (0.6, 0.01), method="partial", layers=n)
         write_row(tmp_path, (0.6 + shift, 0.01), method="partial", layers=n, cached=True)
@@ -167,6 +171,8 @@ def test_cached_rows_meet_their_own_twin(tmp_path, capsys):
     rows = as_csv(capsys, tmp_path)
     marks = [rows[f"partial{n} fp32 cached"]["activation_test_mark"] for n in (1, 2, 3)]
     assert marks == ["NS", "†", "‡"]
+    assert rows["partial4 fp32 cached"]["activation_test_p"] == "1.0"
+    assert rows["lora fp32 cached"]["activation_test_p"] == ""
     test = rows["partial2 fp32 cached"]
     assert test["activation_test_p"] == test["activation_test_corrected"]
 
