@@ -57,23 +57,20 @@ import train
 from ccc import ccc_loss
 
 EPOCHS, BATCH = 5, 32
-RATE, FRAMES_A_SECOND, WIDTH = 16000, 49.9, 768
+RATE, WIDTH = 16000, 768
 SEGMENTS = {"Train": 84030, "Development": 19815, "Test1": 30647}  # MSP-Podcast 1.11
 SPLITS = {**SEGMENTS, "Test2": 14815, "Test3": 2347}
 AUDIO = {"sample_rate": RATE, "normalise": True}
 FINGERPRINT = cache.cache_fingerprint("bench", 9, "float16", AUDIO)
 
 
-def quantiles(u):
-    """Seconds at the quantiles u of an exponential distribution cut to 2.75 to 11 s, mean 5.65 s;
-    random batches of 32 padded to their longest are then 54 % speech, as MSP-Podcast's."""
-    rate = 0.2283
-    return 2.75 - np.log(1 - u * (1 - math.exp(-8.25 * rate))) / rate
-
-
 def spread(n):
-    """n lengths in samples, evenly spread over the distribution, from short to long."""
-    return torch.from_numpy(quantiles((np.arange(n) + 0.5) / n) * RATE).long()
+    """n lengths in samples, from short to long, evenly spread over an exponential distribution cut
+    to 2.75 to 11 s, mean 5.65 s; random batches of 32 padded to their longest are then 54 % speech,
+    as MSP-Podcast's."""
+    quantiles, rate = (np.arange(n) + 0.5) / n, 0.2283
+    seconds = 2.75 - np.log(1 - quantiles * (1 - math.exp(-8.25 * rate))) / rate
+    return torch.from_numpy(seconds * RATE).long()
 
 
 LENGTHS = spread(BATCH)
@@ -627,7 +624,7 @@ def show_targets(targets, details):
             verdict = "met" if met else f"missed by {abs(targets[name] / limit - 1):.0%}"
             line += f"  target {sign} {limit:g}: {verdict}"
         print(line)
-    total = sum(SEGMENTS.values()) * quantiles(np.linspace(0, 1, 999)).mean() * FRAMES_A_SECOND
+    total = sum(SEGMENTS.values()) * frames(spread(999)).double().mean().item()
     hours = total / details["fill_frames_per_second"]["fill"] / 3600
     print(
         f"\nA float16 cache of {', '.join(SEGMENTS)}: {total * 2 * WIDTH / 1e9:.0f} GB, "
