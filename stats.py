@@ -404,7 +404,7 @@ def plot(rows, path):
         for kind, color in colors.items():
             axes.plot([], label=kind, color=color)
         axes.legend(fontsize=9)
-        if np.max(hours) > 5 * np.min(hours):
+        if max(map(np.max, hours)) > 5 * min(map(np.min, hours)):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())

@@ -305,8 +305,9 @@ def test_formats(paper, capsys):
 
 
 def test_plot(paper, tmp_path, capsys):
-    """A PNG, 900 pixels wide; without matplotlib one clear line."""
+    """A PNG, 900 pixels wide, also of rows with different numbers of seeds."""
     pytest.importorskip("matplotlib")
+    write_run(paper, seed=9)
     table(capsys, paper, "--plot", tmp_path / "plot.png")
     png = (tmp_path / "plot.png").read_bytes()
     assert png[1:4] == b"PNG" and int.from_bytes(png[16:20]) == 900
