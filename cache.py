@@ -4,8 +4,8 @@ freezes them.
 Everything above `parse_args` stands alone: copy it. As a command (which imports data.py and
 model.py):
 
-    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9     # for the last 3 of 12 layers
-    python cache.py --data MSP-Podcast --layer 9 --out cache/layer9 --verify      # read all of it back
+    python cache.py --data MSP-Podcast --layer 9 --out cache/last-3    # for the last 3 of 12 layers
+    python cache.py --data MSP-Podcast --layer 9 --out cache/last-3 --verify    # read all back
 
 A folder holds index.json and shard-00000.pt …: hidden states before transformer layer `layer`,
 packed without padding, each utterance computed as if alone, so one cache serves both paddings. An

@@ -19,9 +19,9 @@ def ccc(pred, target, eps=1e-8):
 
     pred, target : float tensors (N, ...) in the same unit. Returns (...), at least float32: half
     precision is cast up first, so autocast around it changes nothing.
-    Our choice: population moments (1/n, Lin 1989) in all three places, as a mix of 1/n and 1/(n - 1)
-    makes ccc(x, x) differ from 1, and `eps` in the denominator, so that constant predictions give 0
-    with finite gradients instead of NaN.
+    Our choice: population moments (1/n, Lin 1989) throughout, as a mix with 1/(n - 1) makes
+    ccc(x, x) differ from 1, and `eps` in the denominator, so that constant predictions give 0 with
+    finite gradients instead of NaN.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred, target = pred.to(dtype), target.to(dtype)

@@ -164,6 +164,7 @@ def inspect_audio(path):
 
 
 def inspect_quietly(path):
+    """What inspect_audio returns, or its reason as text."""
     try:
         return inspect_audio(path)
     except (ValueError, OSError) as error:
@@ -180,7 +181,7 @@ def check_audio(utterances, sample_rate=16000):
     """Inspect every file -> ([Utterance with samples], [Problem])."""
     processes = min(16, os.cpu_count() or 1)
     with multiprocessing.Pool(processes, leave_signals) as pool:
-        reports = pool.map(inspect_quietly, [u.path for u in utterances], chunksize=256)
+        reports = pool.map(inspect_quietly, [u.path for u in utterances])
         pool.close()
         pool.join()
     good, problems = [], []

@@ -3,7 +3,7 @@ paper's Table I.
 
     python train.py --demo                                     # everything once, on synthetic speech
     python train.py --data MSP-Podcast --out runs/partial3     # last 3 layers, mixed precision
-    python train.py --data MSP-Podcast --out runs/cached3 --cache cache/layer9    # from a cache
+    python train.py --data MSP-Podcast --out runs/cached3 --cache cache/last-3    # from a cache
     python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
     python train.py --data MSP-Podcast --out runs/exact --padding exact --chunk 4 --recompute
 
@@ -98,8 +98,8 @@ def autocast(args):
 
 
 def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
-    """One pass over Train -> (mean loss of its steps, seconds of speech); `seconds`: of a sample, or
-    of a frame, whichever the loader counts lengths in."""
+    """One pass over Train -> (mean loss of its steps, seconds of speech). `seconds`: of one sample
+    or, from a cache, one frame."""
     model.train()
     losses, spoken = [], 0.0
     with tqdm(unit="speech-s", unit_scale=True, desc=title, leave=False) as bar:
@@ -282,9 +282,9 @@ def load_epoch(args, model, optimizer, scaler):
         if args.device == "cuda" and "cuda" in saved["generators"]:  # not if started on a CPU
             torch.cuda.set_rng_state(saved["generators"]["cuda"])
         return saved["history"]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a foreign or damaged file makes of the reader
+        if cache.out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); delete {args.out} to start anew"
         ) from error
@@ -326,8 +326,8 @@ def run(args):
         write_json(Path(args.out, "result.json"), result)
         smaller = max(1, (args.chunk or 8) // 2)
         raise ValueError(
-            f"out of memory, recorded in {args.out}/result.json. The same CCC over the batch in less "
-            f"memory: --chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
+            f"out of memory, recorded in {args.out}/result.json. The batch's CCC in less memory: "
+            f"--chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
         ) from error
 
 
@@ -401,7 +401,7 @@ def demo(folder):
     print(
         f"demo: Test1 CCC activation {test['activation']:.3f}, valence {test['valence']:.3f} on "
         f"unseen speakers (corpus {written:.0f} s, cache {filled:.0f} s, training {trained:.0f} s). "
-        "Next: python train.py --data MSP-Podcast --out runs/partial3"
+        "Next: python train.py --data MSP-Podcast --out runs/partial3-fp16-seed0"
     )
 
 

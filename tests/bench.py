@@ -17,8 +17,8 @@ in memory; rows take turns. faster: than full fp32. peak: weights, optimizer and
 CPU of what is run, Python with its libraries included. of limit: the step's arithmetic, padding
 included, over the rate of a large matrix product in that precision just before (on CUDA PyTorch
 runs convolutions in TF32 by default, so fp32 rows may pass 100 %); useful: the same of true frames
-only. hours: 5 epochs over MSP-Podcast's Train. Every ratio is of one run. Linux only.
-Nothing is left on disk.
+only. hours: 5 epochs over MSP-Podcast's Train. Every ratio is of one run. Linux only. Nothing is
+left on disk.
 """
 
 import argparse
@@ -295,10 +295,7 @@ def measure_row(name, encoder, options, base):
         for _ in range(1 if scale > 1 else 5):  # in fp16 until the scaler has settled
             job.step(*(short if scale > 1 else batch))
         while spent < 1:
-            if scale > 1:
-                (backward, _), (update, _) = timed(job.backward, *batch), timed(job.update)
-            else:
-                (backward, _), update = timed(job.step, *batch), 0.0
+            (backward, _), (update, _) = timed(job.backward, *batch), timed(job.update)
             steps.append(backward * scale + update)
             spent += backward + update
     return rate, statistics.median(steps), memory.peak - memory.start + base
@@ -497,13 +494,13 @@ def measure_data(options, encoder, mixed, folder):
     if gpu:
         targets["fill_vs_one_at_a_time"] = speeds["fill"] / speeds["alone"]
     # on a CPU few and short utterances: the loop's own cost is a larger part of a faster step
-    some = utterances if gpu else sorted(utterances[:600], key=lambda u: u.samples)
+    held = utterances[:600] if gpu else sorted(utterances[:600], key=lambda u: u.samples)
     names = "recommended" if gpu else "cached 1", "freeze-prefix 3"
     for name, key, steps, batch in zip(names, ("_cached", ""), (24, 8), (4, 2), strict=True):
         progress(f"loop: {name}")
         args = arguments(f"{name} {'mixed' if mixed else 'fp32'}", device)
         args.batch_size = BATCH if gpu else batch
-        some = some[: args.batch_size * (18 if gpu else steps)]
+        some = held[: args.batch_size * (18 if gpu else steps)]
         items = cache.CachedDataset(cached.folder, some, cached.index)
         items = items if args.cached else data.SpeechDataset(some, **AUDIO)
         overhead, waiting = measure_loop(Job(args, encoder), items)

@@ -555,6 +555,9 @@ def test_out_of_memory(error, world, capsys, monkeypatch):
     assert result["out_of_memory"] is True and "test" not in result and result["chunk"] == 8
     call(f"{TRAIN} --chunk 8 --resume")
     assert json.loads(Path("new/result.json").read_text())["out_of_memory"] is False
+    Path("new/result.json").unlink()
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", predict)
+    refused(f"{TRAIN} --chunk 8 --resume", capsys, "out of memory, recorded in new/result.json")
 
 
 def test_resumed_on_another_cache(world, capsys):
