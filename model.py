@@ -1,163 +1,186 @@
-"""wav2vec 2.0 with two heads, as `suffix(prefix(x))`: freezing, LoRA, saving, and the two kinds of
-padding (section IV).
+"""A speech encoder with a head that predicts emotion, as `trained(frozen(x))`: freezing, LoRA, two
+kinds of padding, loading and saving (section IV).
 
-Everything above `predict` stands alone: copy it. As a command:
+Everything above `find_audio` stands alone: copy it. As a command:
 
-    python model.py predict RUN clip.wav folder/ --csv predictions.csv   # imports data.py
-    python model.py export RUN OUT                                # a folder that Hugging Face loads
-    python model.py params --model facebook/wav2vec2-base         # trainable parameters of Table I
+    python model.py predict RUN clip.wav folder/ --csv predictions.csv    # imports data.py
+    python model.py export RUN OUT    # a folder that Hugging Face loads
+    python model.py params            # trainable parameters of every row of Table I
 """
 
 import argparse
 import copy
 import csv
 import hashlib
+import json
 import math
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import MethodType
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    Wav2Vec2ForSequenceClassification,
-    Wav2Vec2Model,
-)
+from torch.nn.utils.rnn import pad_sequence
 
-ATTRIBUTES = ("activation", "valence")
+FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+KERNELS, STRIDES = [10, 3, 3, 3, 3, 2, 2], [5, 2, 2, 2, 2, 2, 2]  # their CNN: 400 samples a frame
+DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
+# what a config.json says, beside the shapes of the weights, that changes a number
+CONFIG = "model_type num_attention_heads layer_norm_eps hidden_act feat_extract_activation "
+CONFIG += "feat_extract_norm do_stable_layer_norm max_bucket_distance"
 
 
 class EmotionModel(nn.Module):
-    """An encoder, mean pooling, dropout and one linear head an attribute (section IV-A).
+    """An encoder of transformers (one of FAMILIES), mean pooling, dropout and a linear head with a
+    column an attribute (section IV-A).
 
-    encoder : transformers' Wav2Vec2Model.
-    padding : what batch-mates do to a prediction.
-      "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the mean
-               runs over padded frames too (section IV-B), so a prediction depends on its batch.
-      "exact": the CNN sees each waveform alone, because its GroupNorm runs over time; padded
-               frames are zero before the positional convolution, masked in attention and left out
-               of the mean. Batched = alone.
+    padding "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the
+                     mean is over padded frames too (IV-B): a prediction depends on its batch.
+            "exact": the CNN sees each waveform alone where it normalises over time; padded frames
+                     are zero before the positional convolution, masked in attention and not in the
+                     mean: batched = alone.
 
-    `frozen` is all that comes before the first trainable parameter, without gradient; `trained` the
-    rest. Where they meet is `cut`, set by `freeze`: a transformer layer, or None where only the CNN
-    is frozen. LayerDrop and SpecAugment are left out (our choice: behind a cache there is nothing
-    left for SpecAugment to mask, and every row should train the same way).
+    `frozen` is all before the first trainable parameter, `trained` the rest. Where they meet is
+    `cut`, which `freeze` sets: a transformer layer, or None where only the CNN is frozen. A cache
+    is a stored `frozen`. Of what config.json says about training only the dropouts are obeyed:
+    SpecAugment and layer drop would not be the same behind a cache (our choice), and checkpointing
+    is left to --recompute.
     """
 
-    def __init__(self, encoder, dropout=0.2, padding="paper"):
+    def __init__(self, encoder, attributes=("activation", "valence"), dropout=0.2, padding="paper"):
         super().__init__()
-        self.encoder = encoder
+        if padding not in ("paper", "exact"):
+            raise ValueError(f'padding is "paper" or "exact", not {padding!r}')
+        self.encoder, self.attributes, self.padding = encoder, tuple(attributes), padding
         self.dropout = nn.Dropout(dropout)
-        self.activation = nn.Linear(encoder.config.hidden_size, 1)
-        self.valence = nn.Linear(encoder.config.hidden_size, 1)
-        self.padding = padding
+        self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
         self.cut = None
+        # base models have the encoder's LayerNorm before layer 0, large ones after the last layer
+        self.norm_last = encoder.config.do_stable_layer_norm
+        norm = [] if self.norm_last else [encoder.encoder.layer_norm]
+        self.before_layers = [encoder.feature_projection, encoder.encoder.pos_conv_embed, *norm]
+        self.is_wavlm = encoder.config.model_type == "wavlm"
+        for layer in encoder.encoder.layers:
+            layer.gradient_checkpointing = False
+            if self.is_wavlm:
+                attend = MethodType(wavlm_attention, layer.attention)
+                layer.attention.torch_multi_head_self_attention = attend
+        if not self.is_wavlm:
+            encoder.set_attn_implementation("sdpa")  # which takes the mask as booleans
 
     def train(self, mode=True):
-        """Train mode for parts with anything trainable in them, a layer with LoRA adapters too;
-        frozen parts stay in eval mode: their output for an utterance does not change (section
-        IV-C)."""
+        """Train mode for parts that hold a trainable parameter. Frozen parts stay in eval mode:
+        their output for an utterance does not change (IV-C)."""
         super().train(mode)
         encoder = self.encoder.encoder
-        front = self.encoder.feature_extractor, self.encoder.feature_projection
-        for part in (*front, encoder.pos_conv_embed, encoder.layer_norm, *encoder.layers):
+        for part in (self.encoder.feature_extractor, *self.before_layers, *encoder.layers):
             part.train(mode and any(p.requires_grad for p in part.parameters()))
-        encoder.dropout.train(encoder.layer_norm.training)
+        encoder.dropout.train(encoder.pos_conv_embed.training)
         return self
 
     def frames(self, samples):
-        """Frames (B,) that the convolutions make of `samples` (B,); also of a plain int."""
-        config = self.encoder.config
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        """Frames that the CNN makes of a number of samples, both int; not samples // 320."""
+        for kernel, stride in zip(KERNELS, STRIDES, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
-    @torch.no_grad()
     def features(self, wave, samples):
-        """The CNN, frozen in every method: wave (B, S) float, samples (B,) int -> features (B, T, C),
-        frames (B,)."""
-        cnn, frames = self.encoder.feature_extractor, self.frames(samples)
+        """The CNN, frozen in every row: (B, S) -> (B, T, C)."""
+        cnn = self.encoder.feature_extractor
         if self.padding == "paper" or self.encoder.config.feat_extract_norm == "layer":
-            return cnn(wave).transpose(1, 2), frames
-        features = None
-        for length in samples.unique().tolist():  # a pass each: no waveform meets padding
-            rows = samples == length
-            part = cnn(wave[rows, :length]).transpose(1, 2)  # (rows, T, C)
-            if features is None:
-                features = part.new_zeros(len(wave), int(frames.max()), part.shape[2])
-            features[rows, : part.shape[1]] = part
-        return features, frames
+            return cnn(wave).transpose(1, 2)
+        # its GroupNorm runs over time, so zeros after a waveform would change every frame of it
+        alone = [cnn(wave[i : i + 1, :n])[0].T for i, n in enumerate(samples)]  # (T, C) each
+        return pad_sequence(alone, batch_first=True)
 
-    def embed(self, features, frames):
-        """Projection, positional convolution and LayerNorm: features (B, T, C) -> (B, T, D), the
-        hidden states before layer 0."""
-        encoder = self.encoder.encoder
-        hidden, _ = self.encoder.feature_projection(features)
-        if self.padding == "exact":  # the convolution pads with zeros itself
-            hidden = hidden * self.is_frame(hidden, frames)[..., None]
-        return encoder.dropout(encoder.layer_norm(hidden + encoder.pos_conv_embed(hidden)))
-
-    def is_frame(self, hidden, frames):
-        """(B, T) bool: True for frames of the utterance, False for padding."""
+    def mask(self, hidden, frames):
+        """(B, T) bool, False in padding; None in "paper" padding, or where there is no padding."""
+        if self.padding == "paper" or min(frames) == hidden.shape[1]:
+            return None
+        frames = torch.tensor(frames).to(hidden.device, non_blocking=True)
         return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
 
-    def run_layers(self, hidden, frames, first, last):
-        """Transformer layers first..last-1: (B, T, D) -> (B, T, D)."""
-        mask = None
-        if self.padding == "exact" and int(frames.min()) < hidden.shape[1]:
-            mask = hidden.new_zeros(len(hidden), 1, 1, hidden.shape[1])  # (B, heads, queries, keys)
-            mask.masked_fill_(~self.is_frame(hidden, frames)[:, None, None], -math.inf)
-        for layer in self.encoder.encoder.layers[first:last]:
-            hidden = layer(hidden, attention_mask=mask)
+    def embed(self, features, mask):
+        """Projection, positional convolution and, in base models, LayerNorm: (B, T, C) -> (B, T, D),
+        the hidden states before layer 0."""
+        encoder = self.encoder.encoder
+        hidden = first_of(self.encoder.feature_projection(features))
+        if mask is not None:
+            # the projection's bias is in padded frames too, and the convolution would carry it into
+            # true ones; alone, an utterance has zeros there: the convolution's own padding
+            hidden = hidden * mask[..., None]
+        hidden = hidden + encoder.pos_conv_embed(hidden)
+        return encoder.dropout(hidden if self.norm_last else encoder.layer_norm(hidden))
+
+    def run_layers(self, hidden, mask, first, last):
+        """Transformer layers first to last - 1: (B, T, D) -> (B, T, D)."""
+        layers, more = self.encoder.encoder.layers, {}
+        if self.is_wavlm:  # layer 0 has the table of position biases for all; each layer gates them
+            bias = layers[0].attention.compute_bias(hidden.shape[1], hidden.shape[1])
+            more["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, heads, queries, keys)
+        for layer in layers[first:last]:
+            hidden = first_of(layer(hidden, attention_mask=mask, **more))
         return hidden
-
-    def prefix(self, wave, samples, layer):
-        """All before transformer layer `layer`: wave (B, S) float, samples (B,) -> hidden states
-        (B, T, D), frames (B,)."""
-        features, frames = self.features(wave, samples)
-        return self.run_layers(self.embed(features, frames), frames, 0, layer), frames
-
-    def suffix(self, hidden, frames, layer):
-        """All from transformer layer `layer` on: hidden (B, T, D), frames (B,) -> (B, 2), activation
-        and valence on the scale 0 to 1, unbounded."""
-        hidden = self.run_layers(hidden, frames, layer, None)
-        if self.padding == "exact":
-            hidden = hidden * self.is_frame(hidden, frames)[..., None]
-            pooled = hidden.sum(1) / frames[:, None]  # (B, D)
-        else:
-            pooled = hidden.mean(1)
-        pooled = self.dropout(pooled)
-        return torch.cat([self.activation(pooled), self.valence(pooled)], dim=1)
 
     @torch.no_grad()
     def frozen(self, wave, samples):
-        """Up to the first trainable parameter: wave (B, S), samples (B,) -> the input of
-        `trained`."""
+        """All before the first trainable parameter: wave (B, S) float, samples B ints -> hidden
+        states before layer `cut` (B, T, D) or, if `cut` is None, the CNN's features (B, T, C);
+        frames, B ints. Lengths stay plain ints, so nothing waits for a GPU to tell them."""
+        frames = [self.frames(n) for n in samples]
+        features = self.features(wave, samples)
         if self.cut is None:
-            return self.features(wave, samples)
-        return self.prefix(wave, samples, self.cut)
+            return features, frames
+        mask = self.mask(features, frames)
+        return self.run_layers(self.embed(features, mask), mask, 0, self.cut), frames
 
     def trained(self, hidden, frames):
-        """From the first trainable parameter on -> (B, 2). A cache stores this function's input."""
+        """All from the first trainable parameter on: what `frozen` returns -> (B, A), a column an
+        attribute, on the scale 0 to 1, unbounded."""
+        mask = self.mask(hidden, frames)
         if self.cut is None:
-            return self.suffix(self.embed(hidden, frames), frames, 0)
-        return self.suffix(hidden, frames, self.cut)
+            hidden = self.embed(hidden, mask)
+        hidden = self.run_layers(hidden, mask, self.cut or 0, None)
+        if self.norm_last:
+            hidden = self.encoder.encoder.layer_norm(hidden)
+        if mask is None:
+            pooled = hidden.mean(1)  # (B, D)
+        else:
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.head(self.dropout(pooled))
 
     def forward(self, wave, samples):
         return self.trained(*self.frozen(wave, samples))
 
 
+def first_of(output):
+    """Some families' modules return (hidden states, more), others hidden states alone."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def wavlm_attention(attention, hidden, mask, position_bias):
+    """WavLM's attention of hidden (B, T, D) with its gated bias (B heads, T, T). Transformers' own
+    reads the weights of q_proj and v_proj past their forward, and so past LoRA's."""
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    split = [p(hidden).unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for p in projections]
+    bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
+    if mask is not None:  # after the gate, whose gradient would else be 0 * -inf
+        bias = bias.masked_fill(~mask, -math.inf)
+    dropout = attention.dropout if attention.training else 0.0
+    mixed = F.scaled_dot_product_attention(*split, bias, dropout)  # (B, heads, T, D / heads)
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2)), None
+
+
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B: rank 8,
-    alpha 16, dropout .1).
-
-    lora_a (rank, in) starts random, lora_b (out, rank) at zero: until the first step the output is
-    the base's.
-    """
+    alpha 16, dropout .1). A, lora_a (rank, in), starts random; B, lora_b (out, rank), at zero: until
+    the first step the output is the base's."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
@@ -181,21 +204,21 @@ class LoRALinear(nn.Module):
 
 
 def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lora_dropout=0.1):
-    """Choose what is trained, by requires_grad. The heads always are, the CNN never is (section
-    IV-A).
+    """Choose what is trained, by requires_grad, and set `model.cut`. The head always is, the CNN
+    never (section IV-A). ValueError for another method, or where `layers` does not fit.
 
-    method  "full": all transformer layers and what lies between CNN and layer 0;
-            "partial": the last `layers` transformer layers, and, as the paper's parameter counts
-            say, what lies between CNN and layer 0, unless `freeze_prefix`, which a cache needs;
-            "lora": adapters on q and v of the last `layers` layers (None: of all), everything else
-            frozen.
-    Raises ValueError where `layers` does not fit the encoder.
+    method  "full": all transformer layers and what lies between the CNN and layer 0;
+            "partial": the last `layers` transformer layers and, as the paper's parameter counts
+            say, what lies between the CNN and layer 0, unless `freeze_prefix`, which a cache needs;
+            "lora": adapters on q and v of the last `layers` layers (None: all), the rest frozen.
     """
     encoder = model.encoder.encoder
     depth = len(encoder.layers)
     layers = depth if layers is None else layers
-    if not 1 <= layers <= depth:
-        raise ValueError(f"--layers {layers}: this encoder has transformer layers 1 to {depth}")
+    if method not in ("full", "partial", "lora"):
+        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
+    if not (layers == depth if method == "full" else 1 <= layers <= depth):
+        raise ValueError(f"{method}, {layers} layers: this encoder has layers 1 to {depth}")
     model.encoder.requires_grad_(False)
     model.cut = depth - layers
     if method == "lora":
@@ -205,186 +228,197 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
                 setattr(layer.attention, name, LoRALinear(base, rank, alpha, lora_dropout))
         return
     encoder.layers[model.cut :].requires_grad_(True)
+    if model.norm_last:
+        encoder.layer_norm.requires_grad_(True)
     if not freeze_prefix:
-        for part in (model.encoder.feature_projection, encoder.pos_conv_embed, encoder.layer_norm):
+        for part in model.before_layers:
             part.requires_grad_(True)
         model.cut = None
 
 
+def trainable(model):
+    """{name: parameter} of all that is trained, the head included."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def from_pretrained(auto, name, **options):
-    """auto.from_pretrained, never running code from the folder, with advice in one line where
-    nothing can be loaded (OSError)."""
+    """auto.from_pretrained, quietly, never running code of a folder. OSError of one line."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign or damaged folder makes of the reader
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise OSError(
-            f"cannot load {name}: {reason} Without network, give the folder of a downloaded "
-            "checkpoint: --model FOLDER (config.json, preprocessor_config.json and the weights)"
-        ) from error
+        if "connect" in reason:
+            reason += " Without network, give the folder of a downloaded checkpoint: --model FOLDER"
+        raise OSError(f"cannot load {name}: {reason}") from error
 
 
 def load_encoder(name):
-    """Hub id or local folder -> (Wav2Vec2Model in float32, {"sample_rate": Hz, "normalise": bool}).
+    """Hub id or local folder -> (encoder in float32, {"sample_rate": Hz, "normalise": bool} of its
+    own preprocessor). ValueError for what no row can be trained from, OSError if nothing loads."""
+    config = from_pretrained(transformers.AutoConfig, name)
+    odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
+    cnn = [list(getattr(config, key, ())) for key in ("conv_kernel", "conv_stride")]
+    if config.model_type not in FAMILIES or odd or cnn != [KERNELS, STRIDES]:
+        odd += ["another CNN"] * (cnn != [KERNELS, STRIDES])
+        what = f"{config.model_type} {' '.join(odd)}".strip()
+        raise ValueError(f"{name}: {what} is not supported; {', '.join(FAMILIES)} are")
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    encoder, report = from_pretrained(transformers.AutoModel, name, **options)
+    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    lacking -= {"masked_spec_embed"}  # SpecAugment's, which nothing here uses
+    if lacking:
+        raise ValueError(f"{name}: {len(lacking)} weights missing or misshapen: {min(lacking)}, …")
+    for key, tensor in encoder.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: NaN or infinity in {key}")
+    audio = from_pretrained(transformers.AutoFeatureExtractor, name)
+    if not audio.sampling_rate:
+        raise ValueError(f"{name}: preprocessor_config.json lacks sampling_rate")
+    return encoder, {"sample_rate": audio.sampling_rate, "normalise": bool(audio.do_normalize)}
 
-    The checkpoint's own preprocessor settings are used. Raises ValueError for a checkpoint that
-    lacks a weight or is of an architecture that is not built yet, OSError with advice where nothing
-    can be loaded.
-    """
-    config = from_pretrained(AutoConfig, name)
-    if config.model_type != "wav2vec2" or config.do_stable_layer_norm or config.add_adapter:
-        raise ValueError(
-            f"{name}: only wav2vec2 of the base kind (LayerNorm after each block) is supported"
-        )
-    encoder, report = from_pretrained(
-        AutoModel, name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
-    audio = from_pretrained(AutoFeatureExtractor, name)
-    missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    if missing:
-        raise ValueError(f"{name}: lacks {len(missing)} weights, the first {min(missing)}")
-    return encoder, {"sample_rate": audio.sampling_rate, "normalise": audio.do_normalize}
+
+def describe(encoder, audio):
+    """One line: what was loaded."""
+    config, size = encoder.config, sum(p.numel() for p in encoder.parameters())
+    shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {size:,} parameters"
+    sound = f"{audio['sample_rate']} Hz, {'' if audio['normalise'] else 'not '}normalised"
+    dropouts = ", ".join(f"{key} {getattr(config, key)}" for key in DROPOUTS)
+    return f"{config.model_type}: {shape}, {sound}, {dropouts}"
 
 
-def weights_hash(encoder):
-    """SHA-256 over names and values of all weights: says whether two encoders are the same."""
-    digest = hashlib.sha256()
+def identity(encoder):
+    """SHA-256 of all that an encoder's numbers come from: its weights and its configuration."""
+    settings = {k: getattr(encoder.config, k, None) for k in [*CONFIG.split(), *DROPOUTS]}
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        if name != "masked_spec_embed":
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
 def build(settings):
-    """(EmotionModel frozen as `settings` say, audio settings, hash of the pretrained encoder).
-
-    settings : mapping with model, padding, dropout, method, layers, freeze_prefix, rank, alpha,
-    lora_dropout.
-    """
+    """{"model": for load_encoder, and the arguments of EmotionModel and freeze by their names} ->
+    (EmotionModel, audio settings, identity of the encoder)."""
     encoder, audio = load_encoder(settings["model"])
-    digest = weights_hash(encoder)
-    model = EmotionModel(encoder, settings["dropout"], settings["padding"])
+    digest = identity(encoder)
+    model = EmotionModel(encoder, *(settings[k] for k in ("attributes", "dropout", "padding")))
     keys = ("method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout")
     freeze(model, **{key: settings[key] for key in keys})
     return model, audio, digest
 
 
-def trainable(model):
-    """{name: parameter} of all that is trained; heads included."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
 def load_trainable(model, weights):
-    """Copy saved trainable weights into a model frozen the same way. Raises ValueError if the names
-    differ."""
-    parameters = trainable(model)
-    if parameters.keys() != weights.keys():
+    """Copy saved weights into a model frozen the same way. ValueError if the names differ."""
+    if trainable(model).keys() != weights.keys():
         raise ValueError("the saved weights are of another method or number of layers")
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+    model.load_state_dict(weights, strict=False)
 
 
 def read_checkpoint(path, *keys):
-    """Entries of a file that train.py saved, as mapped tensors; nothing else is unpickled.
-    ValueError for other files."""
+    """Entries of a file of train.py. Only tensors are unpickled; ValueError for other files."""
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return [saved[key] for key in keys]
     except Exception as error:  # whatever a foreign or damaged file makes of the reader
-        raise ValueError(
-            f"{path} is not a checkpoint of this project, or damaged: {type(error).__name__}"
-        ) from error
+        reason = f"no file, damaged, or not of this project ({type(error).__name__})"
+        raise ValueError(f"{path}: {reason}") from error
 
 
-def load_run(run):
-    """A trained run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what
-    was trained; the frozen rest comes from the same encoder as in training, or it is a
-    ValueError."""
+def load_run(run, name=None):
+    """A run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was
+    trained; the rest is the run's encoder, where it was then or at `name`, or it is a ValueError."""
     path = Path(run, "best.pt")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give a run that has finished an epoch")
-    settings, weights, expected = read_checkpoint(path, "settings", "weights", "encoder")
-    model, audio, digest = build(settings)
-    if digest != expected:
-        raise ValueError(f"{path} was trained from another encoder than {settings['model']} is now")
+    config, weights = read_checkpoint(path, "config", "weights")
+    config["model"] = name or config["model"]
+    model, audio, digest = build(config)
+    if digest != config["encoder"]:
+        raise ValueError(f"{path} was trained from another encoder than {config['model']} is")
     load_trainable(model, weights)
     return model.eval(), audio
 
 
+def find_audio(paths, suffixes):
+    """{FileName: path} of audio files and of those in folders. FileName is the path as given, or,
+    of a single folder, relative to it, as in a label file. What else a folder holds is counted."""
+    files, skipped = {}, []
+    for top in map(Path, paths):
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            name = path.relative_to(top) if len(paths) == 1 and top.is_dir() else path
+            if path == top or (path.suffix.lower() in suffixes and not path.is_dir()):
+                files[str(name)] = path
+            elif path.is_symlink() or not path.is_dir():
+                skipped.append(path)
+    if skipped:
+        print(f"skipped {len(skipped)} files or linked folders: {skipped[0]}, …", file=sys.stderr)
+    if not files:
+        raise ValueError(f"{' '.join(paths)}: no audio files ({' '.join(suffixes)})")
+    return files
+
+
+@torch.no_grad()
 def predict(args):
-    """FileName, Act, Val (scale 1 to 7), Act01, Val01 (scale 0 to 1) of audio files, a line as soon
-    as it is known. Each is predicted alone, so no prediction depends on another file. FileName is
-    relative to the folder given, as in a label file."""
+    """Print FileName, each attribute on the scale 1 to 7, and each on 0 to 1, a line as soon as it
+    is known. Each file is predicted alone, so no prediction depends on another."""
     import data  # the command's own need, not the part to copy
 
-    files = []  # (FileName, path)
-    for path in map(Path, args.audio):
-        inside = sorted(path.rglob("*")) if path.is_dir() else []
-        inside = [f for f in inside if f.suffix.lower() in data.AUDIO_SUFFIXES]
-        found = [(f.relative_to(path), f) for f in inside]
-        if path.is_dir() and not found:
-            raise ValueError(f"{path}: no audio files ({', '.join(data.AUDIO_SUFFIXES)}) in it")
-        files += found or [(path.name, path)]
-    if args.csv and not Path(args.csv).absolute().parent.is_dir():
-        raise ValueError(f"--csv {args.csv}: its folder does not exist; make it first")
-    model, audio = load_run(args.run)
-    for _, path in files:  # all of them, before --csv is touched
-        try:
-            data.inspect_audio(path)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a word
+    files, out = find_audio(args.audio, data.AUDIO_SUFFIXES), Path(args.csv or "-")
+    inputs = {path.resolve() for path in files.values()}
+    if out.suffix.lower() in data.AUDIO_SUFFIXES or out.resolve() in inputs:
+        raise ValueError(f"--csv {out} is audio, or named like it, and would be overwritten")
+    model, audio = load_run(args.run, args.model)
+    utterances = [data.Utterance(name, str(path), "", "", ()) for name, path in files.items()]
+    utterances, problems = data.check_audio(utterances, audio["sample_rate"])
+    if problems:  # before --csv is touched
+        raise ValueError(f"{files[problems[0].where]}: {problems[0].kind}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    with open(args.csv, "w", newline="") if args.csv else nullcontext(sys.stdout) as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["FileName", "Act", "Val", "Act01", "Val01"])
-        for name, path in files:
-            wave = data.load_audio(path, audio["sample_rate"])
-            wave = torch.from_numpy(data.normalise(wave) if audio["normalise"] else wave).to(device)
-            with torch.no_grad():
-                unit = model(wave[None], torch.tensor([len(wave)], device=device))[0].tolist()
-            scaled = (f"{1 + 6 * x:.4f}" for x in unit)
-            writer.writerow([name, *scaled, *(f"{x:.6f}" for x in unit)])
+    columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
+    sys.stdout.reconfigure(errors="surrogateescape")  # names need not be valid UTF-8
+    names = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with open(out, "w", **names) if args.csv else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["FileName", *columns, *(f"{column}01" for column in columns)])
+        dataset = data.SpeechDataset(utterances, **audio)
+        for utterance, (wave, _) in zip(utterances, dataset, strict=False):
+            unit = model(wave[None].to(device), [len(wave)])[0].tolist()
+            scaled = [f"{1 + 6 * x:.4f}" for x in unit]
+            writer.writerow([utterance.name, *scaled, *(f"{x:z.6f}" for x in unit)])
 
 
 def export(args):
-    """Save a run as Wav2Vec2ForSequenceClassification: our pooling and heads are its identity
-    projector and classifier. Its logits are activation and valence on the scale 0 to 1; LoRA is
-    merged."""
-    model, audio = load_run(args.run)
+    """Save a run as Hugging Face's sequence classification model of its family, whose projector is
+    the identity here and whose logits are on the scale 0 to 1. LoRA is merged."""
+    model, audio = load_run(args.run, args.model)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} exists and is not empty; give a new folder")
-    for layer in model.encoder.encoder.layers:
-        for name in ("q_proj", "v_proj"):
-            linear = getattr(layer.attention, name)
-            if isinstance(linear, LoRALinear):
-                setattr(layer.attention, name, linear.merge())
-    config = model.encoder.config
+    for module in list(model.encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(module, name, child.merge())
+    config, labels = model.encoder.config, dict(enumerate(model.attributes))
     config.update({"classifier_proj_size": config.hidden_size, "use_weighted_layer_sum": False})
-    config.update({"num_labels": len(ATTRIBUTES), "problem_type": "regression"})
-    config.id2label = dict(enumerate(ATTRIBUTES))
-    config.label2id = {name: i for i, name in enumerate(ATTRIBUTES)}
-    exported = Wav2Vec2ForSequenceClassification(config)
-    exported.wav2vec2.load_state_dict(model.encoder.state_dict())
-    heads = model.activation, model.valence
-    with torch.no_grad():
-        exported.projector.weight.copy_(torch.eye(config.hidden_size))
-        exported.projector.bias.zero_()
-        exported.classifier.weight.copy_(torch.cat([head.weight for head in heads]))
-        exported.classifier.bias.copy_(torch.cat([head.bias for head in heads]))
+    config.update({"problem_type": "regression", "num_labels": len(labels), "id2label": labels})
+    config.label2id = {name: i for i, name in labels.items()}
+    exported = transformers.AutoModelForAudioClassification.from_config(config)
+    exported.base_model.load_state_dict(model.encoder.state_dict())
+    exported.classifier.load_state_dict(model.head.state_dict())
+    nn.init.eye_(exported.projector.weight)
+    nn.init.zeros_(exported.projector.bias)
     exported.save_pretrained(args.out)
-    AutoFeatureExtractor.from_pretrained(
-        model.encoder.config._name_or_path,
-        do_normalize=audio["normalise"],
-        sampling_rate=audio["sample_rate"],
-    ).save_pretrained(args.out)
+    sound = {"do_normalize": audio["normalise"], "sampling_rate": audio["sample_rate"]}
+    transformers.Wav2Vec2FeatureExtractor(**sound).save_pretrained(args.out)
     print(f"{args.out}: AutoModelForAudioClassification.from_pretrained({args.out!r}) loads it")
 
 
 def params(args):
-    """Print trainable parameters of every row of Table I; needs the encoder's config.json only."""
-    config = from_pretrained(AutoConfig, args.model)
+    """Print trainable parameters of every row of Table I, from shapes alone."""
+    config = transformers.Wav2Vec2Config()  # wav2vec2-base's shapes
+    if args.model:
+        config = from_pretrained(transformers.AutoConfig, args.model)
     depth = config.num_hidden_layers
     rows = [("full", depth, False)]
     rows += [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1) if n <= depth]
@@ -392,7 +426,7 @@ def params(args):
     print(f"{'method':8} {'layers':>6} {'prefix':>8} {'trainable':>12} {'of encoder':>10}")
     for method, layers, frozen in rows:
         with torch.device("meta"):  # shapes only, no memory
-            model = EmotionModel(Wav2Vec2Model(config))
+            model = EmotionModel(transformers.AutoModel.from_config(config))
             total = sum(p.numel() for p in model.encoder.parameters())
             freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
@@ -401,34 +435,27 @@ def params(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="python model.py {predict,export,params} ... (--help for all)",
-        description="Predict with a run, export it, or count what each row of Table I trains.",
-    )
+    parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("predict", help="predict audio files with a trained run")
-    command.add_argument("run", help="a run folder of train.py")
-    command.add_argument("audio", nargs="+", help="audio files of any kind, or folders of them")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("run", help="a run folder of train.py")
+    shared.add_argument("--model", help="where the run's encoder is, if no longer where it was")
+    command = commands.add_parser("predict", parents=[shared], help="predict audio with a run")
+    command.add_argument("audio", nargs="+", help="audio files, and folders of them")
     command.add_argument("--csv", help="write here instead of the terminal")
     command.set_defaults(function=predict)
-    command = commands.add_parser("export", help="write a Hugging Face folder")
-    command.add_argument("run", help="a run folder of train.py")
+    command = commands.add_parser("export", parents=[shared], help="write a Hugging Face folder")
     command.add_argument("out", help="a new folder")
     command.set_defaults(function=export)
-    command = commands.add_parser("params", help="trainable parameters of every row of Table I")
-    command.add_argument("--model", default="facebook/wav2vec2-base", help="hub id or local folder")
+    command = commands.add_parser("params", help="count what each row of Table I trains")
+    command.add_argument("--model", help="hub id or folder of another encoder than wav2vec2-base")
     command.set_defaults(function=params)
-    for command in commands.choices.values():
-        command.usage = parser.usage  # one line
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
-        args.function(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        parser.error(str(error))
+    args.function(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
+        argparse.ArgumentParser().exit(2, f"error: {error}\n")

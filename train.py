@@ -1,36 +1,36 @@
-"""Finetune wav2vec 2.0 to predict activation and valence: one run is one row and one seed of the
-paper's Table I.
+"""Finetune a speech encoder to predict emotion: one run is one row and one seed of Table I.
 
     python train.py --demo                                     # everything once, on synthetic speech
     python train.py --data MSP-Podcast --out runs/partial3     # last 3 layers, mixed precision
     python train.py --data MSP-Podcast --out runs/cached3 --cache cache/last-3    # from a cache
     python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
-    python train.py --data MSP-Podcast --out runs/exact --padding exact --chunk 4 --recompute
+    torchrun --nproc-per-node 4 train.py --data MSP-Podcast --out runs/partial3    # on four GPUs
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (to resume), best.pt (the
-best epoch by Development), predictions-Test1.csv and result.json. The same command with --resume
-continues after the last epoch.
+A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
+depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
+--resume continues after the last epoch. In comments: B batch, S samples, T frames, D width, A
+attributes.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
 import resource
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
+import torch.distributed as dist
 import transformers
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import cache
@@ -38,469 +38,507 @@ import data
 import model as models
 from ccc import ccc, ccc_loss
 
+RANK = int(os.environ.get("RANK", "0"))  # of this process among PROCESSES: torchrun's words
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LORA_DEFAULTS = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
-# may differ to resume; corpus, encoder and cache are compared by their contents
-NOT_THE_RUN = {"data", "model", "out", "cache", "device", "workers", "skip_bad"}
-NOT_THE_RUN |= {"resume", "demo", "debug"}
+LORA = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
+RUN = "method layers precision padding cached freeze_prefix chunk recompute seed attributes epochs "
+RUN += "batch_size lr dropout rank alpha lora_dropout splits model"  # arguments that make a run
 
 
-def predict(model, inputs, lengths, device, cached=False, chunk=None, recompute=False):
-    """Predictions (B, 2) of one batch: inputs (B, S) or, cached, (B, T, D), and lengths (B,), both
-    on the CPU.
+def run(args):
+    """One row and seed of Table I, from corpus to result.json (section IV-D)."""
+    torch.manual_seed(args.seed)
+    model, audio, encoder = models.build(vars(args))
+    # a cached run reads no audio, so it inspects none, unless it must skip what filling has skipped
+    how = {"attributes": args.attributes, "inspect": args.skip_bad or not args.cached}
+    how |= {"sample_rate": audio["sample_rate"], "skip_bad": args.skip_bad}
+    utterances = data.load_corpus(args.data, args.splits, **how)
+    index = cache.read_index(args.cache, {"encoder": encoder} | audio) if args.cached else None
+    datasets = make_datasets(args, model, audio, utterances, index)
+    config = describe_run(args, model, utterances, encoder, index)
+    if is_finished(args, config):
+        return print(f"{args.out} is finished")
+    trained, total = config["trainable_parameters"], config["total_parameters"]
+    print(f"{models.describe(model.encoder, audio)}; {trained:,} of {total:,} are trained")
+    add_up(torch.zeros(1, device=args.device))  # all have read the folder that one writes to now
+    with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
+        write_json(args, "config.json", config)
+        try:
+            fit(args, model.to(args.device), datasets, config)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            memory = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
+            write_json(args, "result.json", config | memory)
+            less = f"--chunk {max(1, (args.chunk or 8) // 2)} --recompute, with another --out"
+            reason = f"out of memory, recorded in {args.out}/result.json"
+            raise ValueError(f"{reason}. The same loss in less: {less}") from error
 
-    The batch goes through the model `chunk` utterances at a time, from short to long, each chunk
-    padded to its own longest only. The CCC is not a sum over utterances, so a batch must not be
-    split for the loss: all predictions come back together, for one loss and one backward. In
-    "exact" padding they are those of the whole batch. With `recompute` a chunk's activations are
-    dropped and computed again in the backward pass, dropout included: peak memory is that of one
-    chunk. What `model.frozen` computes is not computed twice.
+
+def fit(args, model, datasets, config):
+    """Train, keep the best epoch, score the test split once with it."""
+    train, dev, test = (datasets[split] for split in args.splits)
+    # AdamW's default weight decay .01, no clipping: our choice, the paper names neither
+    trained = models.trainable(model).values()
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
+    # bf16 has the range of float32 and needs no scaler
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    history = resume(args, config, model, optimizer, scaler)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux's word for it
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        loss = train_epoch(model, train, optimizer, scaler, args, epoch)
+        middle = time.perf_counter()
+        _, scores = evaluate(model, dev, args)
+        end = time.perf_counter()
+        history.append({"epoch": epoch, "loss": loss, "dev": scores})
+        history[-1] |= {"train_seconds": middle - start, "eval_seconds": end - middle}
+        history[-1]["peak_memory_bytes"] = peak_memory(args.device)
+        save_epoch(args, config, history, model, optimizer, scaler)
+        title = f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {args.splits[1]}"
+        print(f"{title} {show(scores)}  {middle - start:.1f} s")
+
+    add_up(torch.zeros(1, device=args.device))  # best.pt is written by the first process
+    best = find_best(history)
+    models.load_trainable(model, *models.read_checkpoint(Path(args.out, "best.pt"), "weights"))
+    start = time.perf_counter()
+    predictions, scores = evaluate(model, test, args)
+    if RANK == 0:
+        write_predictions(args, test.utterances, predictions)
+    seconds = {k: sum(line[k] for line in history) for k in ("train_seconds", "eval_seconds")}
+    seconds["eval_seconds"] += time.perf_counter() - start
+    memory = max(line["peak_memory_bytes"] for line in history)
+    result = {"best_epoch": best["epoch"], "dev": best["dev"], "test": scores | {"n": len(test)}}
+    result |= {**seconds, "peak_memory_bytes": memory, "out_of_memory": False}
+    write_json(args, "result.json", config | result)
+    print(f"{args.splits[2]} with epoch {best['epoch']}: {show(scores)}  ({args.out}/result.json)")
+
+
+def train_epoch(model, dataset, optimizer, scaler, args, epoch):
+    """One pass over the training split -> mean loss of its steps."""
+    model.train()
+    # dropout's seed: a resumed epoch draws what it would have drawn, without stored generators
+    torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
+    batches, losses = make_batches(dataset, model, args, epoch), []
+    loaded = data.read_ahead(partial(load_batch, dataset, args), batches, args.workers)
+    bar = tqdm(loaded, f"epoch {epoch}/{args.epochs}", len(batches), leave=False, disable=RANK > 0)
+    for rows, mine, chunks in bar:
+        with autocast(args):
+            predictions = predict(model, chunks, args.device, args.cached, args.recompute)
+        predictions = gather(predictions, mine, len(rows))
+        targets = dataset.targets[rows].to(args.device, non_blocking=True)
+        loss = ccc_loss(predictions, targets)  # in float32, over the whole batch
+        if loss.requires_grad:  # not where all of the batch is other processes'
+            scaler.scale(loss).backward()
+        sum_gradients(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # here, as it waits for the step, which by now is all queued
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        if not loss.isfinite():
+            names = " ".join(dataset.utterances[i].name for i in rows)
+            raise ValueError(
+                f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}; try a smaller --lr "
+                f"or --precision fp32, or look at the utterances of this batch: {names}"
+            )
+    return sum(losses) / len(losses)
+
+
+def predict(model, chunks, device, cached=False, recompute=False):
+    """Predictions (B, A) float32 of a batch in chunks, each of them inputs (b, S) or, cached, hidden
+    states (b, T, D), and their lengths, b ints, on the CPU.
+
+    The CCC of a batch is no sum over its utterances, but has sums over all of it in numerator and
+    denominator (see ccc.ccc_loss). So a batch is not split for the loss: its chunks, each padded to
+    its own longest only, go through the model one by one, and their predictions come back together,
+    for one loss and one backward pass. In "exact" padding they are those of the whole batch. With
+    `recompute` a chunk's activations are dropped and computed again in the backward pass, dropout
+    alike: peak memory is one chunk's. What `model.frozen` computes is not computed twice.
     """
-    frames = lengths if cached else model.frames(lengths)
-    order = frames.argsort(stable=True)  # by frames: a cached run draws the same dropout for a row
-    inputs = inputs.to(device, non_blocking=True)
-    predictions = []
-    for rows in order.split(chunk or len(order)):
-        x, n = inputs[rows, : int(lengths[rows].max())].float(), lengths[rows].to(device)
+    predictions = [torch.zeros(0, len(model.attributes), device=device)]  # B may be 0
+    for inputs, lengths in chunks:
+        hidden, frames = inputs.to(device, non_blocking=True).float(), lengths
         if not cached:
-            x, n = model.frozen(x, n)
+            hidden, frames = model.frozen(hidden, lengths)
         if recompute and torch.is_grad_enabled():
-            predictions.append(checkpoint(model.trained, x, n, use_reentrant=False))
+            part = checkpoint(model.trained, hidden, frames, use_reentrant=False)
         else:
-            predictions.append(model.trained(x, n))
-    return torch.cat(predictions)[order.argsort()]
+            part = model.trained(hidden, frames)
+        predictions.append(part.float())
+    return torch.cat(predictions)
 
 
-def make_loader(dataset, lengths, args, epoch=None):
-    """Batches of one epoch: shuffled by seed and epoch for training; without `epoch`, for
-    evaluation, in corpus order or, where padding changes nothing, from short to long."""
-    order = list(range(len(dataset)))
-    if epoch is not None:
-        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
-        order = torch.randperm(len(dataset), generator=generator).tolist()
-    elif args.padding == "exact":
-        order.sort(key=lengths.__getitem__)
-    batches = [order[k : k + args.batch_size] for k in range(0, len(order), args.batch_size)]
-    if epoch is not None and len(batches[-1]) == 1 < len(batches):
-        batches.pop()  # the CCC of one utterance says nothing
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=data.collate,
-        num_workers=args.workers,
-        pin_memory=args.device == "cuda",
-        generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
-    )
+@torch.no_grad()
+def evaluate(model, dataset, args):
+    """Predictions (N, A) float32 of a split, in corpus order, and {attribute: CCC} over all of it.
+    Processes take whole batches in turn, so predictions are those of one process to the bit."""
+    model.eval()
+    batches = make_batches(dataset, model, args)[RANK::PROCESSES]
+    done, parts = [], [torch.zeros(0, len(args.attributes), device=args.device)]
+    for rows, _, chunks in data.read_ahead(
+        partial(load_batch, dataset, args), batches, args.workers
+    ):
+        with autocast(args):
+            parts.append(predict(model, chunks, args.device, args.cached))
+        done += rows
+    predictions = torch.zeros(len(dataset), len(args.attributes), device=args.device)
+    predictions[done] = torch.cat(parts)
+    add_up(predictions)
+    predictions = predictions.cpu()
+    if not predictions.isfinite().all():
+        raise ValueError("the model predicts NaN or infinity; try --precision fp32 or a lower --lr")
+    scores = ccc(predictions, dataset.targets).tolist()
+    return predictions, dict(zip(args.attributes, scores, strict=True))
 
 
 def autocast(args):
     return torch.autocast(args.device, PRECISIONS[args.precision], enabled=args.precision != "fp32")
 
 
-def train_epoch(model, loader, optimizer, scaler, args, seconds, title):
-    """One pass over Train -> (mean loss of its steps, seconds of speech). `seconds`: of one sample
-    or, from a cache, one frame."""
-    model.train()
-    losses, spoken = [], 0.0
-    with tqdm(unit="speech-s", unit_scale=True, desc=title, leave=False) as bar:
-        for inputs, lengths, targets, rows in loader:
-            with autocast(args):
-                predictions = predict(
-                    model, inputs, lengths, args.device, args.cached, args.chunk, args.recompute
-                )
-            loss = ccc_loss(predictions, targets.to(args.device))  # float32, over the whole batch
-            if not loss.isfinite():
-                names = " ".join(loader.dataset.utterances[i].name for i in rows)
-                raise ValueError(
-                    f"{title}, step {len(losses) + 1}: the loss is {loss.item()}; try a smaller "
-                    f"--lr or --precision fp32, or look at the utterances of this batch: {names}"
-                )
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()  # here: the next forward pass needs no room for gradients
-            losses.append(loss.item())
-            spoken += lengths.sum().item() * seconds
-            bar.update(spoken - bar.n)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return sum(losses) / len(losses), spoken
+def make_batches(dataset, model, args, epoch=None):
+    """[(rows, chunks)]: the dataset's indices of each batch, from short to long, and what of them
+    this process predicts (see `deal`): in evaluation, which is without `epoch`, all. Training shuffles
+    by seed and epoch; evaluation keeps corpus order or, where padding changes nothing, goes from
+    short to long. Lengths are in frames, as a cached run, which knows no samples, should draw the
+    same dropout for an utterance."""
+    frames = dataset.lengths if args.cached else [model.frames(n) for n in dataset.lengths]
+    order, size = list(range(len(dataset))), args.batch_size
+    if epoch is not None:
+        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
+        order = torch.randperm(len(dataset), generator=generator).tolist()
+    elif args.padding == "exact":
+        order.sort(key=frames.__getitem__)
+    batches = [order[k : k + size] for k in range(0, len(order), size)]
+    if epoch is not None and len(batches[-1]) == 1 < len(batches):
+        batches.pop()  # the CCC of one utterance says nothing
+    share = (RANK, PROCESSES) if epoch is not None else (0, 1)
+    batches = [sorted(rows, key=frames.__getitem__) for rows in batches]
+    return [(rows, deal(len(rows), args.chunk or size, *share)) for rows in batches]
 
 
-@torch.no_grad()
-def evaluate(model, loader, args):
-    """Predictions (N, 2) float32 of a split, in corpus order, and {attribute: CCC} over all of it."""
-    model.eval()
-    utterances = loader.dataset.utterances
-    predictions = torch.empty(len(utterances), 2)
-    for inputs, lengths, _, rows in loader:
-        with autocast(args):
-            batch = predict(model, inputs, lengths, args.device, args.cached, args.chunk)
-        predictions[rows] = batch.float().cpu()
-    if not predictions.isfinite().all():
-        raise ValueError("the model predicts NaN or infinity; try --precision fp32 or a lower --lr")
-    targets = torch.tensor([[u.activation, u.valence] for u in utterances])
-    activation, valence = ccc(predictions, targets).tolist()
-    return predictions, {"activation": activation, "valence": valence}
+def deal(n, chunk, rank=0, processes=1):
+    """What a process predicts of a batch of n, sorted from short to long: [(positions, all positions
+    of their chunk)]. Chunks are dealt there and back (0 1 2 2 1 0), so that nobody waits long for
+    the longest; where there are fewer chunks than processes, utterances are."""
+    turns = [*range(processes), *reversed(range(processes))]
+    chunks = [range(k, min(k + chunk, n)) for k in range(0, n, chunk)]
+    if len(chunks) >= processes:
+        return [(c, c) for i, c in enumerate(chunks) if turns[i % len(turns)] == rank]
+    shares = [([p for p in c if turns[p % len(turns)] == rank], c) for c in chunks]
+    return [(positions, c) for positions, c in shares if positions]
 
 
-def peak_memory_bytes(device):
-    """Peak of this process so far: allocated on the GPU, or resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def load_batch(dataset, args, batch):
+    """(rows, chunks) of make_batches -> rows, this process's positions in them, and its chunks, as
+    `predict` takes them."""
+    (rows, chunks), loaded = batch, []
+    for positions, chunk in chunks:
+        inputs, lengths, _ = data.collate([dataset[rows[p]] for p in positions])
+        # in paper padding to the longest of the chunk, even if another process predicts that
+        extra = max(dataset.lengths[rows[p]] for p in chunk) - inputs.shape[1]
+        if args.padding == "paper" and extra:
+            inputs = F.pad(inputs, [0, 0] * (inputs.dim() - 2) + [0, extra])
+        if args.device == "cuda":
+            inputs = inputs.pin_memory()  # so that copying it need not wait
+        loaded.append((inputs, lengths))
+    return rows, [p for positions, _ in chunks for p in positions], loaded
 
 
-def save(path, content):
-    with cache.atomic(path) as file:
-        torch.save(content, file)
-
-
-def write_json(path, content):
-    with cache.atomic(path, "w") as file:
-        json.dump(content, file, indent=1)
-
-
-def read_json(path):
+def add_up(*tensors):
+    """Sum each over processes, in place. ConnectionError where another process has ended."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); give another --out") from error
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors if PROCESSES > 1]:
+            work.wait()
+    except RuntimeError as error:
+        raise ConnectionError("another process has ended; see its line, above or below") from error
 
 
-def write_predictions(path, utterances, predictions):
-    """FileName, Act, Val, EmoAct, EmoVal, all on the scale 1 to 7."""
-    with cache.atomic(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["FileName", "Act", "Val", "EmoAct", "EmoVal"])
-        for u, unit in zip(utterances, predictions.tolist(), strict=True):
-            values = (*unit, u.activation, u.valence)
-            writer.writerow([u.name, *(f"{1 + 6 * x:.6f}" for x in values)])
+def gather(predictions, mine, n):
+    """This process's predictions (b, A), at positions `mine` of a batch of n -> all processes'
+    (n, A). Others' are constants here. So each process has the one loss of the whole batch, and of
+    its gradient the part that goes through its own predictions; the parts sum up to the whole."""
+    if PROCESSES == 1:
+        return predictions
+    everyone = predictions.new_zeros(n, predictions.shape[1])
+    everyone[mine] = predictions.detach()
+    add_up(everyone)
+    everyone[mine] = predictions
+    return everyone
 
 
-def read_splits(args):
-    """{split: [Utterance]} of Train, Development and the test split. What cannot be trained on is
-    refused here, before anything is computed. A cached run reads no audio, so it inspects none,
-    but for --skip-bad: it must skip what filling has skipped."""
-    utterances, problems = data.read_corpus(args.data)
-    utterances = [u for u in utterances if u.split in args.splits]
-    if not args.cached or args.skip_bad:
-        utterances, more = data.check_audio(utterances)
-        problems += more
-    utterances = data.select(utterances, problems, args.splits, args.skip_bad)
-    return {split: [u for u in utterances if u.split == split] for split in args.splits}
+def sum_gradients(optimizer):
+    """Sum every gradient over processes; before scaler.step, so that all find the same infinities."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    add_up(*(p.grad for p in parameters))
 
 
-def make_datasets(args, splits, model, audio, encoder):
-    """({split: (dataset, lengths in samples or, from a cache, in frames)}, seconds of speech in one
-    such unit). With a cache, `model.cut` moves to its layer."""
-    seconds = 1 / audio["sample_rate"]
+def make_datasets(args, model, audio, utterances, index):
+    """{split: dataset}. With a cache, `model.cut` moves to its layer: layers between that and the
+    first trained one run frozen."""
+    parts = {split: [u for u in utterances if u.split == split] for split in args.splits}
     if not args.cached:
-        datasets = {s: data.SpeechDataset(part, **audio) for s, part in splits.items()}
-        return {s: (d, [u.samples for u in d.utterances]) for s, d in datasets.items()}, seconds
-    index = cache.read_index(args.cache)
-    layer, dtype = index["fingerprint"]["layer"], index["fingerprint"]["dtype"]
-    cache.compare(args.cache, index, cache.cache_fingerprint(encoder, layer, dtype, audio))
+        return {split: data.SpeechDataset(part, **audio) for split, part in parts.items()}
+    layer = index["fingerprint"]["layer"]
     if layer > model.cut:
-        raise ValueError(
-            f"{args.cache} starts at layer {layer}, but this run trains from layer {model.cut} on; "
-            f"fill a cache with --layer {model.cut}, or train fewer --layers"
-        )
-    model.cut = layer  # layers between the cache and the first trained one run frozen
-    datasets = {s: cache.CachedDataset(args.cache, part, index) for s, part in splits.items()}
-    seconds *= math.prod(model.encoder.config.conv_stride)
-    return {s: (d, d.lengths) for s, d in datasets.items()}, seconds
+        advice = f"fill another with cache.py --layers {args.layers or 'of all'}"
+        raise ValueError(f"{args.cache} lacks layers {model.cut} to {layer - 1}; {advice}")
+    model.cut = layer
+    return {split: cache.CachedDataset(args.cache, part, index) for split, part in parts.items()}
 
 
-def describe(args, model, splits, encoder, index):
-    """The part of result.json that is known before training."""
-    utterances = [u for part in splits.values() for u in part]
-    rows = sorted((u.name, u.activation, u.valence, u.split) for u in utterances)
-    keys = ("method", "precision", "padding", "freeze_prefix", "chunk", "recompute", "seed")
-    keys += ("epochs", "batch_size", "lr", "dropout", "rank", "alpha", "lora_dropout", "model")
-    device = f"CPU, {torch.get_num_threads()} threads"
-    return {
-        **{key: getattr(args, key) for key in keys},
-        "layers": args.layers or len(model.encoder.encoder.layers),
-        "cached": args.cached,
-        "cache": index
-        and {
-            **{key: index["fingerprint"][key] for key in ("layer", "dtype")},
-            "seconds": index["seconds"],
-            "bytes": sum(shard["bytes"] for shard in index["shards"].values()),
-        },
-        "trainable_parameters": sum(p.numel() for p in models.trainable(model).values()),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "encoder": encoder,
-        "corpus": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else device,
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, numpy)}
-        | {"python": platform.python_version()},
-    }
+def find_best(history):
+    """The epoch of the highest mean CCC over all of Development (our choice), first of equals."""
+    return max(history, key=lambda line: sum(line["dev"].values()))
 
 
-def check_config(args, inputs):
-    """Refuse to mix runs: --resume continues a run only with the arguments it was started with, and
-    then with the `inputs`: hashes of corpus and encoder, and what the cache was made from."""
-    path = Path(args.out, "config.json")
-    if not path.exists():
+def save_epoch(args, config, history, model, optimizer=None, scaler=None):
+    """last.pt, all that the next epoch depends on. Then what follows from it, and only that where
+    it is written already: metrics.jsonl, and best.pt if the last epoch is the best."""
+    if RANK > 0:
         return
-    if not args.resume:
-        raise ValueError(f"{args.out} holds a run; --resume continues it, or give another --out")
-    before, now = read_json(path), vars(args) | inputs
-    differing = [key for key in now if key not in NOT_THE_RUN and before.get(key) != now[key]]
-    if differing:
-        what = ", ".join(f"{key} {before.get(key)}" for key in differing)
-        raise ValueError(f"{args.out} was started with {what}; give the same, or another --out")
-
-
-def save_epoch(args, history, model, optimizer, scaler):
-    """metrics.jsonl, and then last.pt, which repeats it and holds all else that the next epoch
-    depends on."""
-    generators = {"cpu": torch.get_rng_state()}
-    if args.device == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state()
-    state = {"history": history, "weights": models.trainable(model), "generators": generators}
-    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    run = {"config": config, "weights": models.trainable(model)}
+    if optimizer:
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        with cache.atomic(Path(args.out, "last.pt")) as file:
+            torch.save(run | {"history": history} | state, file)
     with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in history)
-    save(Path(args.out, "last.pt"), state)
+    if find_best(history) is history[-1]:
+        with cache.atomic(Path(args.out, "best.pt")) as file:
+            torch.save(run | {"epoch": len(history)}, file)
 
 
-def load_epoch(args, model, optimizer, scaler):
-    """Put everything back as it was after the last finished epoch; returns the history."""
-    path = Path(args.out, "last.pt")
-    if not path.exists():
+def resume(args, config, model, optimizer, scaler):
+    """With --resume, put all back as it was after the last finished epoch -> history. ValueError if
+    a file is damaged or another run's."""
+    last, best = Path(args.out, "last.pt"), Path(args.out, "best.pt")
+    if not (args.resume and last.exists()):
         return []
-    models.read_checkpoint(Path(args.out, "best.pt"), "weights")  # needed at the end: refuse now
+    keys = "config", "history", "weights", "optimizer", "scaler"
+    found, history, weights, *states = models.read_checkpoint(last, *keys)
+    check_same(last, found, config)
+    models.load_trainable(model, weights)
+    optimizer.load_state_dict(states[0])
+    scaler.load_state_dict(states[1])
+    save_epoch(args, config, history, model)  # which the process may have ended before
+    add_up(torch.zeros(1, device=args.device))
+    found, epoch = models.read_checkpoint(best, "config", "epoch")
+    check_same(best, found | {"epoch": epoch}, config | {"epoch": find_best(history)["epoch"]})
+    return history
+
+
+def check_same(path, found, config):
+    """ValueError that says what differs, unless a file is of this run. Corpus, encoder and cache
+    are compared by their contents, not by where they are."""
+    elsewhere = {"model", "cache_fill", "versions", "device", "device_memory_bytes"}
+    differing = sorted(k for k in config.keys() - elsewhere if found.get(k) != config[k])
+    if differing:
+        what = ", ".join(f"{key} {found.get(key)}, not {config[key]}" for key in differing)
+        raise ValueError(f"{path} is of a run with {what}; give the same, or another --out")
+
+
+def is_finished(args, config):
+    """Whether --out holds this run, finished. ValueError if another, or any without --resume."""
+    result = Path(args.out, "result.json")
+    files = Path(args.out, "last.pt"), Path(args.out, "best.pt"), result
+    if not args.resume and any(path.exists() for path in files):
+        raise ValueError(f"{args.out} holds a run; --resume continues it, or give another --out")
+    if not result.exists():
+        return False
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        models.load_trainable(model, saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["generators"]["cpu"])
-        if args.device == "cuda" and "cuda" in saved["generators"]:  # not if started on a CPU
-            torch.cuda.set_rng_state(saved["generators"]["cuda"])
-        return saved["history"]
-    except Exception as error:  # whatever a foreign or damaged file makes of the reader
-        if cache.out_of_memory(error):
-            raise
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}); delete {args.out} to start anew"
-        ) from error
+        found = dict(json.loads(result.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{result} is damaged; give another --out") from error
+    check_same(result, found, config)
+    return not found["out_of_memory"]
 
 
-def score(epoch):
-    """What the best epoch is chosen by: mean of both CCCs on all of Development (our choice)."""
-    return sum(epoch["dev"].values()) / len(epoch["dev"])
+def describe_run(args, model, utterances, encoder, index):
+    """What makes this run, and where it runs: config.json."""
+    config = {key: getattr(args, key) for key in RUN.split()}
+    config["layers"] = args.layers or model.encoder.config.num_hidden_layers
+    rows = sorted([u.name, u.split, *u.labels] for u in utterances)
+    corpus = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    config |= {"encoder": encoder, "corpus": corpus, "processes": PROCESSES}
+    config["cache"] = index and {key: index["fingerprint"][key] for key in ("layer", "dtype")}
+    config["cache_fill"] = index and {key: index[key] for key in ("seconds", "bytes")}
+    config["trainable_parameters"] = sum(p.numel() for p in models.trainable(model).values())
+    config["total_parameters"] = sum(p.numel() for p in model.parameters())
+    config["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers, numpy)}
+    config["device"] = f"CPU, {torch.get_num_threads()} threads"
+    config["device_memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.device == "cuda":
+        config["device"] = torch.cuda.get_device_name()
+        config["device_memory_bytes"] = torch.cuda.mem_get_info()[1]
+    return config
 
 
-def run(args):
-    """One row and seed of Table I, from corpus to result.json (section IV-D)."""
-    finished = Path(args.out, "result.json")
-    if args.resume and finished.exists() and not read_json(finished).get("out_of_memory"):
-        return print(f"{args.out} is finished")
-    check_config(args, {})
-    splits = read_splits(args)
-    torch.manual_seed(args.seed)
-    keys = ("model", "padding", "dropout", "method", "layers", *LORA_DEFAULTS)
-    settings = {key: getattr(args, key) for key in keys}
-    settings["freeze_prefix"] = args.freeze_prefix or args.cached
-    model, audio, encoder = models.build(settings)
-    datasets, seconds = make_datasets(args, splits, model, audio, encoder)
-    index = datasets[args.splits[0]][0].index if args.cached else None
-    result = describe(args, model, splits, encoder, index)
-    inputs = {key: result[key] for key in ("corpus", "encoder")}
-    inputs["fingerprint"] = index and index["fingerprint"]
-    check_config(args, inputs)
-    config = {**vars(args), **inputs, "versions": result["versions"]}
-    write_json(Path(args.out, "config.json"), config)
-    trained, total = result["trainable_parameters"], result["total_parameters"]
-    print(f"{trained:,} of {total:,} parameters are trained")
-    try:
-        fit(args, model.to(args.device), settings, datasets, seconds, result)
-    except (RuntimeError, MemoryError) as error:
-        if not cache.out_of_memory(error):
-            raise
-        result |= {"out_of_memory": True, "peak_memory_bytes": peak_memory_bytes(args.device)}
-        write_json(Path(args.out, "result.json"), result)
-        smaller = max(1, (args.chunk or 8) // 2)
-        raise ValueError(
-            f"out of memory, recorded in {args.out}/result.json. The batch's CCC in less memory: "
-            f"--chunk {smaller} --recompute, with another --out; in less still: --cache or lora"
-        ) from error
+def show(scores):
+    return " ".join(f"{attribute} {score:z.4f}" for attribute, score in scores.items())
 
 
-def fit(args, model, settings, datasets, seconds, result):
-    """Train, keep the best epoch, score the test split once with it."""
-    train_split, dev_split, test_split = args.splits
-    # AdamW's default weight decay .01, no clipping: our choice, the paper names neither
-    optimizer = torch.optim.AdamW(models.trainable(model).values(), lr=args.lr)
-    half = args.precision == "fp16"  # bf16 has the range of float32 and needs no scaler
-    scaler = torch.amp.GradScaler(args.device, enabled=half)
-    history = load_epoch(args, model, optimizer, scaler)
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
-        loader = make_loader(*datasets[train_split], args, epoch)
-        loss, spoken = train_epoch(model, loader, optimizer, scaler, args, seconds, title)
-        middle = time.perf_counter()
-        _, dev = evaluate(model, make_loader(*datasets[dev_split], args), args)
-        end = time.perf_counter()
-        line = {"epoch": epoch, "loss": loss, "dev": dev, "train_seconds": middle - start}
-        line |= {"eval_seconds": end - middle, "peak_memory_bytes": peak_memory_bytes(args.device)}
-        history.append(line)
-        if max(history, key=score) is line:
-            best = {"settings": settings, "encoder": result["encoder"]}
-            save(Path(args.out, "best.pt"), best | {"weights": models.trainable(model)})
-        save_epoch(args, history, model, optimizer, scaler)
-        print(
-            f"{title}  loss {loss:.4f}  Development activation {dev['activation']:.4f} "
-            f"valence {dev['valence']:.4f}  {middle - start:.1f} s, "
-            f"{spoken / (middle - start):.0f} speech-seconds per second"
-        )
+def write_json(args, name, content):
+    if RANK == 0 or content.get("out_of_memory"):  # memory may be full in another process only
+        with cache.atomic(Path(args.out, name), "w") as file:
+            json.dump(content, file, indent=1)
 
-    best = max(history, key=score)
-    models.load_trainable(model, *models.read_checkpoint(Path(args.out, "best.pt"), "weights"))
-    start = time.perf_counter()
-    predictions, test = evaluate(model, make_loader(*datasets[test_split], args), args)
-    utterances = datasets[test_split][0].utterances
-    write_predictions(Path(args.out, f"predictions-{test_split}.csv"), utterances, predictions)
-    result |= {
-        "best_epoch": best["epoch"],
-        "dev": best["dev"],
-        "test": {**test, "n": len(utterances)},
-        "train_seconds": sum(line["train_seconds"] for line in history),
-        "eval_seconds": sum(line["eval_seconds"] for line in history) + time.perf_counter() - start,
-        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in history),
-        "out_of_memory": False,
-    }
-    write_json(Path(args.out, "result.json"), result)
-    print(
-        f"{test_split} with epoch {best['epoch']}: activation {test['activation']:.4f} "
-        f"valence {test['valence']:.4f}  ({len(utterances)} utterances; {args.out}/result.json)"
-    )
+
+def write_predictions(args, utterances, predictions):
+    """FileName, predictions (Act, Val) and labels (EmoAct, EmoVal), all on the scale 1 to 7."""
+    columns = [data.ATTRIBUTES[attribute] for attribute in args.attributes]
+    with cache.atomic(Path(args.out, f"predictions-{args.splits[2]}.csv"), "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["FileName", *columns, *("Emo" + column for column in columns)])
+        for u, units in zip(utterances, predictions.tolist(), strict=True):
+            writer.writerow([u.name, *(f"{1 + 6 * x:.6f}" for x in (*units, *u.labels))])
+
+
+def peak_memory(device):
+    """Bytes at the peak of this run: allocated on the GPU or, on a CPU, resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def out_of_memory(error):
+    """Whether an exception says, in the words of a CPU or a CUDA library, that memory is full."""
+    words = "out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def demo(folder):
     """The paper's recommendation, its last 3 layers from a cache, on a synthetic corpus and a tiny
     random encoder, through the same commands as a real run."""
-    names = "corpus", "encoder", "cache", "run"
-    corpus, encoder, cached, out = (str(Path(folder, name)) for name in names)
-    times = [time.perf_counter()]
-    if not Path(encoder, "preprocessor_config.json").exists():  # written last
-        data.write_demo(corpus)
-        data.write_encoder(encoder)
-    times.append(time.perf_counter())
-    cache.main(["--data", corpus, "--model", encoder, "--layer", "1", "--out", cached])
-    times.append(time.perf_counter())
-    arguments = ["--data", corpus, "--model", encoder, "--cache", cached, "--out", out]
-    main([*arguments, "--epochs", "10", "--lr", "2e-3", "--resume"])
-    times.append(time.perf_counter())
-    test = json.loads(Path(out, "result.json").read_text())["test"]
-    written, filled, trained = (after - before for before, after in itertools.pairwise(times))
-    print(
-        f"demo: Test1 CCC activation {test['activation']:.3f}, valence {test['valence']:.3f} on "
-        f"unseen speakers (corpus {written:.0f} s, cache {filled:.0f} s, training {trained:.0f} s). "
-        "Next: python train.py --data MSP-Podcast --out runs/partial3-fp16-seed0"
-    )
+    corpus, cached, out = (str(Path(folder, name)) for name in ("corpus", "cache", "run"))
+    common = ["--data", corpus, "--model", f"{corpus}/encoder", "--layers", "3"]
+    if not Path(corpus, "encoder", "preprocessor_config.json").exists():  # written last
+        data.main(["--demo", corpus])
+    cache.main([*common, "--out", cached])
+    training = ["--cache", cached, "--out", out, "--epochs", "10", "--lr", "2e-3", "--resume"]
+    run(parse_args([*common, *training]))
+
+
+def above_zero(kind):
+    """For argparse: text -> a number of that kind, int or float, above 0 and finite."""
+
+    def convert(text):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+
+    return convert
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        usage="python train.py --data ROOT --out RUN [options] | --demo (--help for all)",
-        description="One run: one row and one seed of Table I.",
-    )
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
     add = parser.add_argument_group("what to run").add_argument
     add("--demo", action="store_true", help="everything once, on synthetic speech (--out: demo)")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
-    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder (IV-A)")
+    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or folder (IV-A)")
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
-    names, shown = [s for s in data.SPLITS if s != data.UNLABELLED], ("TRAIN", "DEV", "TEST")
-    add("--splits", nargs=3, default=names[:3], choices=names, metavar=shown, help="(section III)")
+    names = [split for split in data.SPLITS if split != data.UNLABELLED]
+    add("--splits", nargs=3, default=names[:3], choices=names, help="train, select, test (III)")
+    names = data.ATTRIBUTES
+    add("--attributes", nargs="+", default=list(data.PAPER), choices=names, help="what to predict")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
-    add("--method", choices=("full", "partial", "lora"), default="partial", help="default: partial")
-    add("--layers", type=int, help="train the last n transformer layers (partial: 3; lora: all)")
-    add("--rank", type=int, help="lora: 8")
-    add("--alpha", type=float, help="lora: 16")
-    add("--lora-dropout", type=float, help="lora: .1")
-    add("--dropout", type=float, default=0.2, help="before the heads: .2 (section IV-A)")
+    names = "full", "partial", "lora"
+    add("--method", choices=names, default="partial", help="all layers, the last, or adapters")
+    add(
+        "--layers",
+        type=above_zero(int),
+        help="the last n transformer layers (partial: 3; lora: all)",
+    )
+    add("--rank", type=above_zero(int), help="lora: rows of A (8)")
+    add("--alpha", type=above_zero(float), help="lora: its output is scaled by alpha / rank (16)")
+    add("--lora-dropout", type=float, help="lora: dropout of its input (.1)")
+    add("--dropout", type=float, default=0.2, help="before the head (IV-A)")
     add = parser.add_argument_group("efficiency").add_argument
-    add("--precision", choices=PRECISIONS, help="fp16, the paper's, on CUDA; bf16 on a CPU")
-    add("--cache", help="train from this cache of cache.py (section IV-C)")
-    add("--freeze-prefix", action="store_true", help="partial: freeze what a cache freezes")
-    add("--padding", choices=("paper", "exact"), default="paper", help="exact: as if alone (IV-B)")
-    add("--chunk", type=int, help="utterances a pass through the model; the loss is the batch's")
+    add("--precision", choices=PRECISIONS, help="fp16 on CUDA, as in the paper; bf16 on a CPU")
+    add("--cache", help="train from this cache of cache.py (IV-C)")
+    add("--freeze-prefix", action="store_true", help="partial: freeze all that a cache freezes")
+    names = "paper", "exact"
+    add("--padding", choices=names, default="paper", help="exact: batch-mates change nothing")
+    add(
+        "--chunk",
+        type=above_zero(int),
+        help="utterances a pass through the model; the loss is the batch's",
+    )
     add("--recompute", action="store_true", help="compute activations twice, keep none (II-D)")
     add = parser.add_argument_group("training (section IV-D)").add_argument
-    add("--epochs", type=int, default=5, help="5")
-    add("--batch-size", type=int, default=32, help="32; the CCC is taken over it")
-    add("--lr", type=float, default=1e-4, help="fixed: 1e-4")
+    add("--epochs", type=above_zero(int), default=5, help="passes over the training split")
+    add(
+        "--batch-size",
+        type=above_zero(int),
+        default=32,
+        help="utterances in the loss, of all processes",
+    )
+    add("--lr", type=above_zero(float), default=1e-4, help="AdamW's learning rate, fixed")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--workers", type=int, default=2, help="processes that load data (2)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add("--workers", type=int, default=2, help="threads that load data ahead of the model")
     args = parser.parse_args(argv)
-    resolve(parser, args)
-    return parser, args
+    resolve(parser.error, args)
+    return args
 
 
-def resolve(parser, args):
-    """Fill in the defaults that depend on other arguments; refuse combinations that make no
-    sense."""
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        parser.error("--device cuda: PyTorch sees no CUDA device")
-    args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
+def resolve(error, args):
+    """Fill in what depends on other arguments; `error` on combinations that make no sense."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        error("--device cuda: PyTorch sees no CUDA device")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "bf16")
     args.cached = args.cache is not None
     args.out = args.out or ("demo" if args.demo else None)
     if not args.demo and not (args.data and args.out):
-        parser.error("--data and --out are required (or --demo)")
-    if len(set(args.splits)) < 3:
-        parser.error("--splits: three different splits")
+        error("--data and --out are required (or --demo)")
+    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
+        error("--splits: three different splits; --attributes: each once")
     if args.method == "full" and (args.layers or args.freeze_prefix or args.cached):
-        parser.error("--method full trains all layers: no --layers, --freeze-prefix or --cache")
+        error("--method full trains all layers: no --layers, --freeze-prefix or --cache")
     if args.freeze_prefix and (args.method == "lora" or args.cached):
-        parser.error("--freeze-prefix: lora and --cache freeze the prefix anyway")
-    if args.method != "lora" and any(getattr(args, key) is not None for key in LORA_DEFAULTS):
-        parser.error("--rank, --alpha and --lora-dropout need --method lora")
-    if args.method == "lora":
-        for key, default in LORA_DEFAULTS.items():
-            setattr(args, key, default if getattr(args, key) is None else getattr(args, key))
-    elif args.method == "partial":
-        args.layers = 3 if args.layers is None else args.layers
-    least = {"epochs": 1, "batch_size": 2, "chunk": 1, "layers": 1, "rank": 1}
-    least |= {"workers": 0, "seed": 0}
-    for key, bound in least.items():
-        if getattr(args, key) is not None and getattr(args, key) < bound:
-            parser.error(f"--{key.replace('_', '-')} must be at least {bound}")
-    if args.seed >= 2**32:
-        parser.error("--seed must be below 2**32")
-    if not 0 < args.lr < 1 or not 0 <= args.dropout < 1 or not 0 <= (args.lora_dropout or 0) < 1:
-        parser.error("--lr must be in (0, 1), --dropout and --lora-dropout in [0, 1)")
+        error("--freeze-prefix: lora and --cache freeze the prefix anyway")
+    args.freeze_prefix = args.freeze_prefix or args.cached
+    if args.method == "partial" and args.layers is None:
+        args.layers = 3
+    for key, default in LORA.items():
+        if args.method != "lora" and getattr(args, key) is not None:
+            error("--rank, --alpha and --lora-dropout need --method lora")
+        if args.method == "lora" and getattr(args, key) is None:
+            setattr(args, key, default)
+    if args.batch_size == 1 or min(args.workers, args.seed) < 0 or args.seed >= 2**32:
+        error("--batch-size is 2 or more, --workers 0 or more, --seed 0 to 4294967295")
     if Path(args.model).is_dir():
         args.model = os.path.abspath(args.model)  # best.pt names it, wherever predict is run
 
 
 def main(argv=None):
-    parser, args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if args.demo:
-            return demo(args.out)
-        with cache.lock(args.out):
-            run(args)
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command with --resume continues {args.out}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        parser.error(str(error).strip().splitlines()[-1])  # of a worker's: the line that says what
+    args = parse_args(argv)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
+        demo(args.out) if args.demo else run(args)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    cache.leave_on_signals("the same command with --resume continues")
+    try:
+        main()
+    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
+        argparse.ArgumentParser().exit(2, f"error: {error}\n")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,18 +22,23 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it bri
 DEPTH, WIDTH = 4, 32  # of the tiny encoder
 
 
-def tiny_config(**changes):
-    """A wav2vec 2.0 of the base kind at toy size. Large random weights, so that every part shows in
-    the output."""
+def tiny_config(kind="Wav2Vec2", **changes):
+    """A wav2vec 2.0 of the base kind, or another, at toy size. Large random weights, so that every
+    part shows in the output."""
     shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
     shape |= {"intermediate_size": 64, "conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16}
     shape |= {"num_conv_pos_embedding_groups": 4, "initializer_range": 0.2}
-    return Wav2Vec2Config(**shape | {"feat_proj_dropout": 0.1} | changes)
+    config = getattr(transformers, f"{kind}Config")
+    return config(**shape | {"feat_proj_dropout": 0.1} | changes)
 
 
 def tiny_encoder(**changes):
     torch.manual_seed(1)
-    return Wav2Vec2Model(tiny_config(**changes)).eval()
+    encoder = transformers.AutoModel.from_config(tiny_config(**changes)).eval()
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("gru_rel_pos_const"):  # WavLM's gate, ones at first
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    return encoder
 
 
 def relative(actual, expected):
@@ -46,12 +51,22 @@ def relative(actual, expected):
     return (difference / max(tensor.abs().max() for tensor in expected.values())).item()
 
 
-def step(model, batch, seed=0, **how):
-    """Predictions, loss and gradients of one training step as {name: tensor}. `how` goes to
-    train.predict."""
+def chunked(lengths, inputs, chunk=None):
+    """A padded batch as train.predict takes it: chunks from short to long, each as long as its
+    longest; and the place of each prediction in the batch."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    rows = [order[i : i + (chunk or len(order))] for i in range(0, len(order), chunk or len(order))]
+    chunks = [(inputs[r, : max(lengths[i] for i in r)], [lengths[i] for i in r]) for r in rows]
+    return chunks, torch.tensor(order).argsort()
+
+
+def step(model, batch, seed=0, chunk=None, **how):
+    """Predictions, loss and gradients of one training step on a batch (inputs, lengths, targets) as
+    {name: tensor}. `how` goes to train.predict."""
     torch.manual_seed(seed)
     model.zero_grad()
-    predictions = train.predict(model, *batch[:2], "cpu", **how)
+    chunks, places = chunked(batch[1], batch[0], chunk)
+    predictions = train.predict(model, chunks, "cpu", **how)[places]
     loss = train.ccc_loss(predictions, batch[2])
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -80,7 +95,7 @@ def encoder(tmp_path_factory):
     """Folder of the tiny encoder in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("encoder")
     tiny_encoder().save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
     return str(folder)
 
 
@@ -90,20 +105,20 @@ def fill(corpus, encoder):
 
     def run(folder, *options):
         arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 0]
-        cache.main([str(argument) for argument in [*arguments, "--device", "cpu", *options]])
+        cache.main([str(argument) for argument in [*arguments, *options]])
 
     return run
 
 
 @pytest.fixture(scope="session")
 def cached(fill, tmp_path_factory):
-    """cached(layer, dtype) -> a cache folder, filled at the first call."""
+    """cached(layers, dtype) -> a cache for the last `layers` layers, filled at the first call."""
     folders = {}
 
     def get(*key):
         if key not in folders:
             folders[key] = str(tmp_path_factory.mktemp("cache"))
-            fill(folders[key], "--layer", key[0], "--dtype", (*key, "float32")[1])
+            fill(folders[key], "--layers", key[0], "--dtype", (*key, "float32")[1])
         return folders[key]
 
     return get
@@ -124,14 +139,14 @@ def launch(corpus, encoder):
 
 @pytest.fixture
 def prepare(launch, tmp_path_factory, monkeypatch):
-    """prepare(*options) -> model, datasets and first batch as train.py has made them when its first
-    epoch begins."""
+    """prepare(*options) -> args, model, datasets as train.py has made them when its training begins,
+    and the first training batch (inputs, lengths, targets)."""
     made = []
 
-    def instead_of_fit(args, model, settings, datasets, *_):
-        batch = next(iter(train.make_loader(*datasets["Train"], args, epoch=1)))
+    def instead_of_fit(args, model, datasets, config):
+        rows, _ = train.make_batches(datasets["Train"], model, args, 1)[0]
+        batch = data.collate([datasets["Train"][i] for i in rows])
         made.append(SimpleNamespace(args=args, model=model, datasets=datasets, batch=batch))
-        made[-1].generator = torch.get_rng_state()
         for name, parameter in model.named_parameters():
             if name.endswith("lora_b"):  # zero would keep any gradient from lora_a
                 torch.nn.init.normal_(parameter, std=0.1)

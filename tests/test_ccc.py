@@ -90,5 +90,5 @@ def test_command(separate, tmp_path, capsys):
     options = ["--labels", str(tmp_path / "labels.csv")] if separate else []
     module.main([str(tmp_path / "predictions.csv"), *options])
     activation, valence = ccc(x, y).tolist()
-    expected = f"n 50  activation {activation:.4f}  valence {valence:.4f}\n"
+    expected = f"n 50  Act {activation:.4f}  Val {valence:.4f}\n"
     assert capsys.readouterr().out == expected

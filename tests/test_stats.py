@@ -1,15 +1,16 @@
 """stats.py against SciPy called directly, hand-worked numbers and the paper's own tables."""
 
 import csv
-import io
 import json
 import shlex
+import sys
 
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
+from scipy import stats as scipy
 
 import stats
+import train
 
 # Table I, means ± sds: method, layers, precision, activation, valence, hours; parameters
 TABLE_ONE = [
@@ -24,23 +25,24 @@ TABLE_ONE = [
     ("full", 12, "fp16", (0.641, 0.01), (0.566, 0.01), (1.145, 0.01), 90_172_034),
 ]
 FIVE = np.array([-2, -1, 0, 1, 2]) / np.sqrt(2.5)  # mean 0, sd 1 over n - 1
+THREE = {"method": "partial", "layers": 3}
+ONE = {"attributes": ["activation"]}
+CACHE = {"layer": 9, "dtype": "float16"}
 
 
 def write_run(root, seed=0, activation=0.6, valence=0.5, hours=1.0, **changes):
-    """A finished run's folder, as train.py leaves it."""
-    lora, cached = changes.get("method") == "lora", changes.get("cached", False)
-    result = {"method": "full", "layers": 12, "precision": "fp32", "padding": "paper"}
-    result |= {"cached": False, "freeze_prefix": False, "chunk": None, "recompute": False}
-    result |= {"rank": 8 if lora else None, "alpha": 16.0 if lora else None}
-    result |= {"lora_dropout": 0.1 if lora else None, "seed": seed, "epochs": 5, "batch_size": 32}
-    result |= {"lr": 1e-4, "dropout": 0.2, "encoder": "e" * 64, "corpus": "c" * 64}
-    result |= {"test": {"activation": activation, "valence": valence, "n": 9}}
-    result |= {"train_seconds": hours * 3600, "eval_seconds": 360.0, "device": "A40"}
+    """A run's folder, as train.py leaves it."""
+    words = f"--data . --out . --precision fp32 --method {changes.get('method', 'full')}"
+    result = vars(train.parse_args(words.split())) | {"layers": 12, "processes": 1, "seed": seed}
+    result |= {"encoder": "e", "corpus": "c", "cache": CACHE if changes.get("cached") else None}
+    result["cache_fill"] = {"seconds": 1800.0, "bytes": 9} if changes.get("cached") else None
+    result |= {"test": {"activation": activation, "valence": valence, "dominance": 0.4, "n": 9}}
+    result |= {"train_seconds": hours * 3600, "eval_seconds": 360.0, "out_of_memory": False}
     result |= {"trainable_parameters": 90_172_034, "peak_memory_bytes": int(8e9)}
-    result |= {"cache": {"seconds": 1800.0} if cached else None, "out_of_memory": False} | changes
+    result |= {"device": "A40", "device_memory_bytes": int(48e9)} | changes
     folder = root / f"run{len(list(root.glob('run*')))}"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"method": result["method"], "seed": seed}))
+    (folder / "config.json").write_text(json.dumps(result | {"test": None}))
     (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -52,268 +54,280 @@ def write_row(root, activation, valence=(0.5, 0.01), hours=(1.0, 0.0), **changes
         write_run(root, seed, *scores, **changes)
 
 
+def out_of_memory(card, peak):
+    """What a run records that failed on a card of so many GB with so many allocated."""
+    memory = {"device_memory_bytes": int(card * 1e9), "peak_memory_bytes": int(peak * 1e9)}
+    return memory | {"out_of_memory": True, "test": None, "train_seconds": None}
+
+
 @pytest.fixture
 def paper(tmp_path):
     for method, layers, precision, *scores, parameters in TABLE_ONE:
         row = {"method": method, "layers": layers, "precision": precision}
         write_row(tmp_path, *scores, **row, trainable_parameters=parameters)
-    cached = {"method": "partial", "layers": 3, "cached": True, "device": "2080 Ti"}
-    cached |= {"trainable_parameters": 21_265_154}  # means the paper leaves out as NS: the twins'
+    cached = THREE | {"cached": True, "device": "2080 Ti", "trainable_parameters": 21_265_154}
+    # the means that the paper leaves out as NS: those of the row uncached
     write_row(tmp_path, (0.648, 0.01), (0.558, 0.003), (1.023, 0.002), **cached)
     write_row(tmp_path, (0.639, 0.01), (0.568, 0.01), (0.353, 0.002), precision="fp16", **cached)
     return tmp_path
 
 
-def table(capsys, *args):
+def text(capsys, *args):
     stats.main([str(arg) for arg in args])
     return capsys.readouterr().out
 
 
-def as_csv(capsys, *args):
-    return {
-        r["row"]: r for r in csv.DictReader(io.StringIO(table(capsys, *args, "--format", "csv")))
-    }
+def tables(capsys, *args):
+    """What the command prints -> [{name of a row: {column: text}}], a dict a table."""
+    parts = text(capsys, *args, "--format", "csv").strip("\n").split("\n\n")
+    return [{row["row"]: row for row in csv.DictReader(part.splitlines())} for part in parts]
 
 
-def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
+def refused(reason, *args):
+    with pytest.raises(ValueError, match=reason):
         stats.main([str(arg) for arg in args])
-    error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and len(error.strip().splitlines()) == 2 and "Traceback" not in error
-    )
-    return error
 
 
-def test_the_papers_marks(paper, capsys):
-    """Five runs a row with Table I's means and sds: † on valence of LoRA, n = 1, 2;
-    of the cached rows with three layers, on valence in fp32 and on activation in fp16."""
-    rows = as_csv(capsys, paper)
-    uncached = {name: row for name, row in rows.items() if row["cached"] == "False"}
-    lower = {name for name, row in uncached.items() if row["valence_test_mark"]}
-    parts = {f"partial{n} {precision}" for n in (1, 2) for precision in ("fp32", "fp16")}
-    assert len(uncached) == 9 and lower == {"lora fp32"} | parts
-    assert {uncached[name]["valence_test_mark"] for name in lower} == {"†"}
-    assert not any(row["activation_test_mark"] for row in uncached.values())
-    cached = [rows[f"partial3 {precision} cached"] for precision in ("fp32", "fp16")]
-    assert [row["activation_test_mark"] for row in cached] == ["NS", "†"]
-    assert [row["valence_test_mark"] for row in cached] == ["†", "NS"]
+def test_the_papers_marks_and_savings(paper, capsys):
+    """Five runs a row with Table I's means and sds: † exactly where the paper has it; 67 % and 88 %
+    less time and 71 % fewer parameters, as the abstract and section V have it."""
+    table = tables(capsys, paper)[0]
+    fp32, fp16 = "partial3 fp32 cached", "partial3 fp16 cached"
+    lower = [f"partial{n} {precision}" for n in (1, 2) for precision in ("fp32", "fp16")]
+    lower = {"activation": [fp16], "valence": ["lora fp32", *lower, fp32]}
+    for task, ns in (("activation", fp32), ("valence", fp16)):
+        assert [name for name, row in table.items() if "†" in row[task]] == lower[task]
+        assert [name for name, row in table.items() if "NS" in row[task]] == [ns]
+        assert len(table) == 11 and not any("‡" in row[task] for row in table.values())
+    row = [table["partial3 fp16"][key] for key in ("activation", "faster", "params", "fewer")]
+    assert row == [".655±.010", "67% (3.0x)", "26.38M", "71% (3.4x)"]
+    assert table[fp16]["faster"] == "88% (8.4x)"
 
 
-def test_the_papers_savings(paper, capsys):
-    """67 % and 88 % less time and 71 % fewer parameters, as the abstract and section V have it."""
-    lines = {line[:21].strip(): line for line in table(capsys, paper).split("\n\n")[0].split("\n")}
-    assert ".655±.010  " in lines["partial3 fp16"] and "67% (3.0x)" in lines["partial3 fp16"]
-    assert "71% (3.4x)" in lines["partial3 fp16"] and "296K" in lines["lora fp32"]
-    assert "88% (8.4x)" in lines["partial3 fp16 cached"]
-
-
-def test_agrees_with_scipy(tmp_path, capsys):
+@pytest.mark.parametrize("option", [[], ["--paired"], ["--welch"]])
+def test_agrees_with_scipy(tmp_path, option):
     """On random scores every p value, with each option, is that of SciPy called directly."""
     draw = np.random.default_rng(0)
     scores = {n: draw.normal(0.6 + n / 99, 0.02 * n, 5) for n in (1, 2, 3)}  # 3: the baseline
-    for n, values in scores.items():
-        method = {"method": "full"} if n == 3 else {"method": "partial", "layers": n}
+    for n in scores:
         for seed in draw.permutation(5):
-            write_run(tmp_path, int(seed), values[seed], **method)
-    rows = stats.group_rows(stats.read_runs([str(tmp_path)]))
-    p = stats.mark_rows(rows, "activation")
-    assert p == pytest.approx(scipy_stats.f_oneway(*scores.values()).pvalue)
-    for paired, welch in ((False, False), (True, False), (False, True)):
-        stats.mark_rows(rows, "activation", paired=paired, welch=welch)
-        for n in (1, 2):
-            if paired:
-                expected = scipy_stats.ttest_rel(scores[n], scores[3])
-            else:
-                expected = scipy_stats.ttest_ind(scores[n], scores[3], equal_var=not welch)
-            test, interval = rows[n - 1]["activation_test"], expected.confidence_interval()
-            assert test["p"] == pytest.approx(expected.pvalue)
-            assert test["corrected"] == pytest.approx(min(1, 2 * expected.pvalue))
-            assert (test["low"], test["high"]) == pytest.approx(tuple(interval))
+            method = "full" if n == 3 else "partial"
+            write_run(tmp_path, int(seed), scores[n][seed], method=method, layers=n)
+    rows = stats.group_rows(stats.read_runs([tmp_path]))
+    anova, *tests = stats.mark_rows(rows, "activation", stats.parse_args(option))
+    assert float(anova["p"]) == pytest.approx(scipy.f_oneway(*scores.values()).pvalue, rel=5e-3)
+    for n, test in zip((1, 2), tests, strict=True):
+        expected = scipy.ttest_ind(scores[n], scores[3], equal_var="--welch" not in option)
+        if "--paired" in option:
+            expected = scipy.ttest_rel(scores[n], scores[3])
+        low, high, p = *expected.confidence_interval(), expected.pvalue
+        found = [float(x) for x in (*test["95 % interval"].split(" to "), test["corrected"])]
+        assert found == pytest.approx([low, high, min(1, 2 * p)], rel=5e-3, abs=6e-4)
+        assert float(test["p"]) == pytest.approx(p, rel=5e-3)
 
 
 def test_a_hand_worked_case(tmp_path, capsys):
     """1 2 3 against 4 5 6 (hundredths): t = -3.674 on 4 degrees, p = .0213; t² is ANOVA's F."""
     for seed, value in enumerate((0.01, 0.02, 0.03)):
-        write_run(tmp_path, seed, value, method="partial", layers=3)
-        write_run(tmp_path, seed, value + 0.03)
-    row = as_csv(capsys, tmp_path)["partial3 fp32"]
-    assert float(row["activation_test_p"]) == pytest.approx(0.02131, abs=1e-5)
-    assert float(row["activation_test_low"]) == pytest.approx(-0.03 - 2.7764 * 0.0081650, abs=1e-6)
-    assert (
-        float(row["activation_mean"]) == pytest.approx(0.02) and row["activation_test_mark"] == "†"
-    )
-    assert float(row["activation_sd"]) == pytest.approx(0.01)
-    assert as_csv(capsys, tmp_path, "--alpha", 0.02)["partial3 fp32"]["activation_test_mark"] == ""
+        write_run(tmp_path, seed, value, **THREE, **ONE)
+        write_run(tmp_path, seed, value + 0.03, **ONE)
+    results, _, tests = tables(capsys, tmp_path, "--verbose")
+    values = " ".join(tests["partial3 fp32"].values())  # t of 2.5 % is 2.776
+    assert values.endswith("full fp32 0.0213 0.0213 † -.030 -.053 to -.007")
+    assert tests["all uncached"]["p"] == "0.0213"
+    assert results["partial3 fp32"]["activation"] == ".020±.010 †"
+    assert "†" not in str(tables(capsys, tmp_path, "--alpha", 0.02))
 
 
 def test_no_t_test_marks_without_anova(tmp_path, capsys):
     """A t-test under .05 is no mark where the ANOVA over all uncached rows is not significant."""
-    write_row(tmp_path, (0.600, 0.01))
-    write_row(tmp_path, (0.580, 0.01), method="partial", layers=1)
-    for n in (2, 3):
-        write_row(tmp_path, (0.59, 0.05), method="partial", layers=n)
-    row = as_csv(capsys, tmp_path)["partial1 fp32"]
-    assert float(row["activation_test_corrected"]) < 0.05 and row["activation_test_mark"] == ""
+    for n, scores in enumerate([(0.58, 0.01), (0.59, 0.05), (0.59, 0.05)], start=1):
+        write_row(tmp_path, scores, method="partial", layers=n, **ONE)
+    write_row(tmp_path, (0.600, 0.01), **ONE)
+    test = tables(capsys, tmp_path, "--verbose")[2]["partial1 fp32"]
+    assert float(test["corrected"]) < 0.05 and test["mark"] == "-"
 
 
 def test_cached_rows_meet_their_own_twin(tmp_path, capsys):
     """A cached row is tested, uncorrected, against its uncached twin: NS, † or ‡, never full's; one
     of LoRA without a twin is not, and one with only a frozen twin against that."""
-    write_row(tmp_path, (0.9, 0.01))
-    write_row(tmp_path, (0.6, 0.01), method="partial", layers=4, freeze_prefix=True)
-    write_row(tmp_path, (0.6, 0.01), method="partial", layers=4, cached=True)
-    write_row(tmp_path, (0.6, 0.01), method="lora", layers=3, cached=True)
-    for n, shift in ((1, 0.001), (2, -0.016), (3, 0.016)):
-        write_row(tmp_path, (0.6, 0.01), method="partial", layers=n)
-        write_row(tmp_path, (0.6 + shift, 0.01), method="partial", layers=n, cached=True)
-        write_row(tmp_path, (0.1, 0.01), method="partial", layers=n, freeze_prefix=True)
-    rows = as_csv(capsys, tmp_path)
-    marks = [rows[f"partial{n} fp32 cached"]["activation_test_mark"] for n in (1, 2, 3)]
-    assert marks == ["NS", "†", "‡"]
-    assert rows["partial4 fp32 cached"]["activation_test_p"] == "1.0"
-    assert rows["lora fp32 cached"]["activation_test_p"] == ""
-    test = rows["partial2 fp32 cached"]
-    assert test["activation_test_p"] == test["activation_test_corrected"]
+    write_row(tmp_path, (0.9, 0.01), **ONE)
+    write_row(tmp_path, (0.6, 0.01), method="lora", layers=3, cached=True, **ONE)
+    for n, shift in enumerate((0.001, -0.016, 0.016, 0.5), start=1):
+        row = ONE | {"method": "partial", "layers": n}
+        write_row(tmp_path, (0.1, 0.01), **row, freeze_prefix=True)
+        write_row(tmp_path, (0.6 + shift, 0.01), **row, cached=True)
+        if n < 4:
+            write_row(tmp_path, (0.6, 0.01), **row)
+    tests = tables(capsys, tmp_path, "--verbose")[2]
+    found = {name: row["mark"][0] for name, row in tests.items() if name[-7:] == " cached"}
+    assert found == {f"partial{n} fp32 cached": mark for n, mark in enumerate("N†‡‡", start=1)}
+    assert tests["partial4 fp32 cached"]["against"] == "partial4 fp32 frozen"
+    assert tests["partial2 fp32 cached"]["p"] == tests["partial2 fp32 cached"]["corrected"]
 
 
-@pytest.mark.parametrize(("hours", "after"), [(0.4, "1 run"), (0.8, "3 runs"), (1.2, "never")])
+@pytest.mark.parametrize(("hours", "after"), [(0.4, "1"), (0.8, "3"), (1.2, "never")])
 def test_when_a_cache_has_paid(tmp_path, capsys, hours, after):
     """Half an hour of filling: .6 h saved a run pays at once, .2 h after 3 runs, -.2 h never."""
-    write_row(tmp_path, (0.6, 0.01), method="partial", layers=3)
-    partial = {"method": "partial", "layers": 3, "cached": True}
-    write_row(tmp_path, (0.6, 0.01), hours=(hours, 0), **partial)
-    costs = table(capsys, tmp_path).split("\n\n")[1].splitlines()
-    assert costs[2].endswith(f" {after}") and f" {hours + 0.5:.3f} " in costs[2]
+    write_row(tmp_path, (0.6, 0.01), **THREE)
+    write_row(tmp_path, (0.6, 0.01), hours=(hours, 0), cached=True, **THREE)
+    cost = [*tables(capsys, tmp_path)[1]["partial3 fp32 cached"].values()]
+    saved = f"{100 - 100 * hours:.0f}% ({1 / hours:.1f}x)"
+    assert cost[4:] == ["0.5", f"{hours + 0.5:.4g}", saved, after]
 
 
-def test_without_spread_nothing_is_nan(tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore")  # SciPy's, of constant scores
+@pytest.mark.parametrize("option", ["--verbose", "--paired", "--welch"])
+def test_without_spread_nothing_is_nan(tmp_path, capsys, option):
     """Equal scores in every seed: p is 1 for equal rows, 0 for different ones, and no NaN."""
-    for n, value in ((1, 0.1), (2, 0.3)):
-        write_row(tmp_path, (value, 0), (0.2, 0), method="partial", layers=n)
-    write_row(tmp_path, (0.3, 0), (0.2, 0))
-    for option in ("--verbose", "--paired", "--welch"):
-        assert "nan" not in table(capsys, tmp_path, "--verbose", option).lower()
-    rows = as_csv(capsys, tmp_path)
-    assert [rows[f"partial{n} fp32"]["activation_test_p"] for n in (1, 2)] == ["0.0", "1.0"]
+    for n, value in ((1, 0.3), (2, 0.11)):
+        write_row(tmp_path, (0.2, 0), (value, 0), method="partial", layers=n)
+    for seed in range(5 if option == "--paired" else 7):  # means of 7 round otherwise than of 5
+        write_run(tmp_path, seed, 0.2, 0.11)
+    tests = tables(capsys, tmp_path, "--verbose", option)[2]
+    assert [float(tests[f"partial{n} fp32"]["p"]) for n in (1, 2)] == [pytest.approx(0), 1]
+    assert "nan" not in text(capsys, tmp_path, "--verbose", option).lower()
+
+
+def test_rows_that_are_not_pooled(tmp_path, capsys):
+    """Caches of another layer or dtype and other numbers of processes are rows of their own, with
+    what tells them apart in their names, and the times of several processes are noted."""
+    for change in ({}, {"layer": 8}, {"dtype": "float32"}):
+        write_row(tmp_path, (0.6, 0.01), cached=True, cache=CACHE | change, **THREE)
+    write_row(tmp_path, (0.6, 0.01))
+    write_row(tmp_path, (0.5, 0.01), processes=4)
+    full, cached = ("full fp32 processes={}", "partial3 fp32 cached cache_layer={} cache_dtype={}")
+    pairs = [(9, "float16"), (8, "float16"), (9, "float32")]
+    names = [full.format(1), full.format(4), *(cached.format(*pair) for pair in pairs)]
+    assert sorted(tables(capsys, tmp_path)[0]) == sorted(names)
+    assert "\nTimes of 4 processes: full fp32 processes=4\n" in text(capsys, tmp_path)
+
+
+def test_attributes_and_links(tmp_path, capsys):
+    """The columns are the runs' attributes, in their order. Linked run folders are read; neither a
+    loop of links nor a folder given twice counts a run twice."""
+    write_row(tmp_path / "elsewhere", (0.6, 0.01), attributes=["dominance", "activation"])
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for folder in (tmp_path / "elsewhere").iterdir():
+        (runs / f"link-{folder.name}").symlink_to(folder)
+    (runs / "loop").symlink_to(runs)
+    for folders in ([runs], [runs, tmp_path / "elsewhere", runs]):
+        row = tables(capsys, *folders)[0]["full fp32"]
+        assert list(row)[:4] == ["row", "n", "dominance", "activation"]
+        assert list(row.values())[1:4] == ["5", ".400±.000", ".600±.010"]
 
 
 def test_out_of_memory_runs(tmp_path, capsys):
-    """They are in Table II and not in the means; a row of nothing else says so; no baseline, no
-    †."""
-    write_row(tmp_path, (0.6, 0.01), method="partial", layers=3)
+    """They are not in the means; a row of nothing else says so; no baseline, no †."""
+    write_row(tmp_path, (0.6, 0.01), **THREE)
     write_row(tmp_path, (0.1, 0.01), method="partial", layers=1)
-    for seed in range(2):
-        folder = write_run(tmp_path, seed, out_of_memory=True, peak_memory_bytes=int(10.4e9))
-        result = json.loads((folder / "result.json").read_text())
-        for key in ("test", "train_seconds", "eval_seconds"):
-            del result[key]
-        (folder / "result.json").write_text(json.dumps(result))
-    out = table(capsys, tmp_path)
-    assert "out of memory" in out.split("\n\n")[0] and "no baseline" in out and ".600±.010" in out
-    assert "†" not in out
-    fits = {line[:21].strip(): line.split()[-2:] for line in table(
-        capsys, tmp_path, "--memory", 11, 48).splitlines()}  # fmt: skip
-    assert fits["full fp32"] == ["✗", "?"] and fits["partial3 fp32"] == ["✓", "✓"]
-    write_run(tmp_path, 0, peak_memory_bytes=int(30e9))  # the same run, on a larger card
-    lines = table(capsys, tmp_path, "--memory", 11, 48).splitlines()
-    assert [line.split()[-3:] for line in lines if "full" in line] == [["30.00", "✗", "✓"]]
+    write_run(tmp_path, seed=9, **out_of_memory(11.55, 8.6), **THREE)
+    write_run(tmp_path, **out_of_memory(11.55, 8.6))
+    found = [(row["n"], row["activation"]) for row in tables(capsys, tmp_path)[0].values()]
+    assert sorted(found) == [("-", "out of memory"), ("5", ".100±.010"), ("5", ".600±.010")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"epochs": 6}, "same epochs"),
-        ({"encoder": "f" * 64}, "same encoder"),
-        ({"corpus": "d" * 64}, "same corpus"),
-        ({"batch_size": 8}, "same batch_size"),
-        ({"lr": 1e-3}, "same lr"),
-        ({"seed": 1}, "two runs of full fp32, seed 1"),
-        ({"padding": "exact"}, "more than one row could be the baseline"),
-        ({"method": "partial"}, "one seed"),
-        ({"test": None}, "not the result of a run"),
-        ({"train_seconds": float("nan")}, "NaN"),
-    ],
-)
+def test_table_two(tmp_path, capsys):
+    """A row fits from its peak on, not up to the card on which it failed; else it is not known."""
+    small, large = out_of_memory(11.55, 8.6), out_of_memory(42.4, 39.2)  # sold as 11, as 40 GB
+    at_11, at_44 = {"peak_memory_bytes": int(11e9)}, {"peak_memory_bytes": int(44e9)}
+    cases = [[small], [large], [small, at_44], [small, at_11], [at_11], [at_44]]
+    lines = ["- ✗??", "- ✗✗?", "44.00 ✗✗✓", "11.00 ✗✓✓", "11.00 ✓✓✓", "44.00 ✗✗✓"]
+    for case, line in zip(cases, lines, strict=True):
+        root = tmp_path / str(cases.index(case))
+        for run in case:
+            write_run(root, **run)
+        row = tables(capsys, root, "--memory", 11, 40, 48)[0]["full fp32"]
+        assert "{} {}{}{}".format(*[*row.values()][1:]) == line
+
+
+ODD = [({key: 6}, f"same {key}") for key in stats.SAME if key != "attributes"]
+ODD += [(ONE, "same attributes"), ({"seed": 1}, "same row and seed: .*run1 and .*run5")]
+ODD += [({"method": "partial"}, "partial12 fp32 has one finished seed")]
+ODD += [({"test": {"n": 9}}, "run5/result.json: the key 'activation' is missing")]
+
+
+@pytest.mark.parametrize(("changes", "reason"), ODD)
 def test_refuses_what_does_not_compare(tmp_path, capsys, changes, reason):
-    """One run that does not belong with the others is named with the reason; no table is
-    printed."""
+    """One run that does not belong with the others is named with the reason; no table is shown."""
     write_row(tmp_path, (0.6, 0.01))
     write_run(tmp_path, **{"seed": 7} | changes)
-    if reason.startswith("more"):
-        write_run(tmp_path, **{"seed": 8} | changes)
-    assert reason in refusal(capsys, tmp_path)
+    refused(reason, tmp_path)
+    assert not capsys.readouterr().out
 
 
 def test_refuses_what_is_not_a_finished_run(tmp_path, capsys):
-    """No folder, no run, invalid JSON, a missing key, no result.json, unequal seeds for
-    --paired."""
-    assert "no such folder" in refusal(capsys, tmp_path / "none")
-    assert "no runs" in refusal(capsys, tmp_path)
+    """No folder, no run, no result.json, unequal seeds for --paired; encoders are passed over."""
+    refused("none: no such folder", tmp_path, tmp_path / "none")
+    refused("no runs in", tmp_path)
+    write_row(tmp_path, (0.6, 0.01), **THREE)
     write_row(tmp_path, (0.6, 0.01))
     odd = write_run(tmp_path, seed=5)
-    for seed in range(5):
-        write_run(tmp_path, seed, method="partial", layers=3)
-    assert "--paired needs the same seeds" in refusal(capsys, tmp_path, "--paired")
-    (odd / "result.json").write_text('{"method": ')
-    assert "result.json: not valid JSON" in refusal(capsys, tmp_path)
-    (odd / "result.json").write_text('{"method": "full"}')
-    assert "'layers' is missing" in refusal(capsys, tmp_path)
+    refused("--paired: partial3 fp32 and full fp32 differ", tmp_path, "--paired")
+    (odd / "result.json").write_text((odd / "result.json").read_text().replace('"lr"', '"LR"'))
+    refused("run10/result.json: the key 'lr' is missing", tmp_path)
     (odd / "result.json").unlink()
-    assert f"{odd}; finish" in (error := refusal(capsys, tmp_path)) and "--resume" in error
+    refused("run10: unfinished; .* --resume", tmp_path)
     (odd / "config.json").write_text('{"model_type": "wav2vec2"}')  # an encoder, not a run
-    assert "full fp32" in table(capsys, tmp_path)
+    assert "full fp32" in text(capsys, tmp_path)
 
 
 def test_commands_of_the_whole_sweep(tmp_path, capsys):
-    """15 rows x 5 seeds, caches first, every line parses; finished runs, and then caches, go."""
-    runs, root = tmp_path / "my runs", "it's here"
-    args = (runs, "--commands", "--data", root, "--cache-root", "c", "--train-args", "--lr 1e-3")
-    lines = [shlex.split(line) for line in table(capsys, *args).splitlines()]
+    """15 rows x 5 seeds, caches first, each line for a shell; left out is what has a result with
+    exactly the line's arguments and not out of memory, and the cache that no line needs any more."""
+
+    def sweep(*args):
+        out = text(capsys, runs, "--commands", "--data", "it's here", "--cache-root", "c", *args)
+        return [shlex.split(line) for line in out.splitlines()]
+
+    runs, last = tmp_path / "my runs", "--seed 4 --method partial --layers 3 --precision fp16"
+    lines = sweep("--train-args", "--lr 1e-3", "--skip-bad")
     assert [line[1] for line in lines] == ["cache.py"] * 3 + ["train.py"] * 75
-    assert lines[2][2:] == ["--data", root, "--layer", "-3", "--out", "c/last-3"]
-    assert len({line[line.index("--out") + 1] for line in lines}) == 78
-    assert all(line[-3:] == ["--lr", "1e-3", "--resume"] for line in lines[3:])
-    assert lines[-1][4:-3] == shlex.split(
-        f"--out '{runs}/partial3-fp16-cached-seed4' --seed 4 --method partial --layers 3 "
-        "--precision fp16 --cache c/last-3"
-    )
-    assert sum("--cache" in line for line in lines) == 30 and "--model" not in lines[0]
-    for line in lines[-10:]:  # both rows of three cached layers
-        folder = runs / line[line.index("--out") + 1]
-        folder.mkdir(parents=True)
-        (folder / "result.json").touch()
-    left = [shlex.split(line) for line in table(capsys, *args).splitlines()]
-    assert left == lines[:2] + lines[3:-10]
-    more = table(capsys, *args, "--skip-bad").splitlines()
-    assert all("--skip-bad" in line for line in more) and len(more) == len(left)
-    assert "--data" in refusal(capsys, "--commands")
+    corpus = ["--data", "it's here", "--skip-bad"]
+    assert lines[2] == ["python", "cache.py", *corpus, "--layers", "3", "--out", "c/last-3"]
+    last = ["--out", f"{runs}/partial3-fp16-cached-seed4", *last.split(), "--cache", "c/last-3"]
+    assert lines[-1] == ["python", "train.py", *corpus, *last, "--lr", "1e-3", "--resume"]
+    for line in sweep("--processes", 2):
+        assert line[:3] == ["torchrun", "--nproc-per-node", "2"] and line[3][-3:] == ".py"
+
+    lines = sweep()
+    rest = [line for line in lines if "full" not in line and "c/last-3" not in line]
+    for line in lines[3:]:
+        if line not in rest:
+            args = vars(train.parse_args(line[2:]))
+            args["layers"] = args["layers"] or 12
+            write_run(runs, **args).rename(args["out"])
+    assert sweep() == rest and len(rest) == 57
+    for other in ("--train-args", "--lr 1e-3"), ("--train-args", "--chunk 4"), ("--processes", 2):
+        assert len(sweep(*other)) == 78
+    failed = runs / "full-fp32-seed3" / "result.json"
+    failed.write_text(json.dumps(json.loads(failed.read_text()) | {"out_of_memory": True}))
+    assert len(sweep()) == 58
 
 
 def test_formats(paper, capsys):
-    """Text fits 100 columns, long names too; Markdown and LaTeX have equally many cells a line."""
-    write_row(paper, (0.6, 0.01), method="lora", rank=4, alpha=32.0)
-    text = table(capsys, paper, "--verbose")
-    assert max(map(len, text.splitlines())) <= 100 and "  alpha=32.0" in text
-    assert "Times are from different devices: 2080 Ti; A40." in text
-    first = table(capsys, paper, "--format", "markdown").split("\n\n")[0].splitlines()
-    assert len(first) == 14 and {line.count("|") for line in first} == {9}
-    latex = table(capsys, paper, "--format", "latex").split("\n\n")[0].splitlines()
-    assert latex[0] == r"\begin{tabular}{lrrrrrrr}" and latex[-1] == r"\end{tabular}"
-    assert {line.count("&") for line in latex if line.endswith(r"\\")} == {7}
-    assert not set("±†‡") & set("".join(latex)) and r".458$\pm$.010$^\dagger$" in "".join(latex)
+    """A CCC prints as in the paper, and what rounds to zero without a sign. Text fits 100 columns;
+    LaTeX has the cells of CSV, and nothing that LaTeX misreads."""
+    values = (0.6234, -0.0123, -0.0004, 0.9999, 10.25)
+    assert [*map(stats.ccc, values)] == [".623", "-.012", ".000", "1.000", "10.250"]
+    saved = [stats.saved(value, 1000) for value in (1002, 1200, 3)]
+    assert saved == ["0% (1.0x)", "-20% (0.8x)", "99.7% (333.3x)"]
+    assert max(map(len, text(capsys, paper).splitlines())) <= 100
+    rows = text(capsys, paper, "--format", "csv").splitlines()
+    latex = text(capsys, paper, "--format", "latex").splitlines()
+    assert [line.count("&") for line in latex] == [line.count(",") for line in rows]
+    assert not set("±†‡") & set("".join(latex)) and "%" not in "".join(latex).replace(r"\%", "")
+    assert latex[2].startswith(r"partial1 fp32 & 5 & .622$\pm$.020 & .458$\pm$.010 $^\dagger$ & ")
 
 
-def test_plot(paper, tmp_path, capsys):
-    """A PNG, 900 pixels wide, also of rows with different numbers of seeds."""
+def test_plot(paper, tmp_path, capsys, monkeypatch):
+    """A PNG, 900 pixels wide, also of rows with different numbers of seeds; without matplotlib the
+    refusal says what to install."""
     pytest.importorskip("matplotlib")
     write_run(paper, seed=9)
-    table(capsys, paper, "--plot", tmp_path / "plot.png")
+    text(capsys, paper, "--plot", tmp_path / "plot.png")
     png = (tmp_path / "plot.png").read_bytes()
     assert png[1:4] == b"PNG" and int.from_bytes(png[16:20]) == 900
-
-
-def test_plot_without_matplotlib(paper, tmp_path, capsys, monkeypatch):
-    """--plot without matplotlib is a refusal that says what to install."""
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in refusal(capsys, paper, "--plot", tmp_path / "plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused("pip install matplotlib", paper, "--plot", "plot.png")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import DEPTH, read_csv, relative, step
+from conftest import DEPTH, chunked, read_csv, relative, step
 
 import ccc
 import model as models
@@ -18,11 +18,12 @@ ROWS = {
     "partial cached": ["--layers", 2],
     "lora cached": ["--method", "lora", "--layers", 2],
 }
-CACHED_LAYER = {"partial cached": 1, "lora cached": 2}  # of 4: before and at the first trained one
+CACHED = {"partial cached": 3, "lora cached": 2}  # of a cache of more layers, and of as many
 FILES = "config.json metrics.jsonl last.pt best.pt predictions-Test1.csv result.json"
 RESULT = """method layers precision padding cached freeze_prefix chunk recompute seed best_epoch dev
 test train_seconds
-    eval_seconds trainable_parameters total_parameters peak_memory_bytes device model versions"""
+    eval_seconds trainable_parameters total_parameters peak_memory_bytes device device_memory_bytes
+    attributes processes cache model versions"""
 LINE = "epoch loss dev train_seconds eval_seconds peak_memory_bytes"
 every_row = pytest.mark.parametrize("name", ROWS)
 every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -33,9 +34,7 @@ def row(cached):
     """row(name) -> options of train.py for that row."""
 
     def options(name):
-        if name not in CACHED_LAYER:
-            return ROWS[name]
-        return [*ROWS[name], "--cache", cached(CACHED_LAYER[name])]
+        return [*ROWS[name], *(["--cache", cached(CACHED[name])] if name in CACHED else [])]
 
     return options
 
@@ -48,7 +47,7 @@ def test_chunks_are_the_whole_batch(name, row, prepare):
     model, cached = made.model.eval(), made.args.cached
     whole = step(model, made.batch, cached=cached)
     direct = (model.trained if cached else model)(*made.batch[:2])
-    assert len(set(made.batch[1].tolist())) == 7  # ragged
+    assert len(set(made.batch[1])) == 7  # ragged
     assert relative(whole["predictions"], direct.detach()) < 1e-6
     for chunk in (1, 3, 6, 100):
         assert relative(step(model, made.batch, cached=cached, chunk=chunk), whole) < 1e-5
@@ -76,7 +75,8 @@ def test_recompute_keeps_nothing(prepare):
     for recompute in (False, True):
         tensors = []
         with torch.autograd.graph.saved_tensors_hooks(tensors.append, id):
-            train.predict(made.model, *made.batch[:2], "cpu", recompute=recompute)
+            chunks, _ = chunked(made.batch[1], made.batch[0])
+            train.predict(made.model, chunks, "cpu", recompute=recompute)
         kept[recompute] = sum(tensor.nbytes for tensor in tensors)
     assert 0 < kept[True] < kept[False] / 100
 
@@ -88,18 +88,33 @@ def test_evaluation_order(name, chunk, row, prepare):
     """Read in order of length, in chunks, each utterance gets the prediction that it gets alone, at
     its own place."""
     made = prepare(*row(name), "--chunk", chunk, "--batch-size", 5)
-    dataset, lengths = made.datasets["Test1"]
-    loader = train.make_loader(dataset, lengths, made.args)
-    order = [row for batch in loader.batch_sampler for row in batch]
-    assert order == sorted(range(8), key=lengths.__getitem__) != list(range(8))
-    predictions, scores = train.evaluate(made.model, loader, made.args)
-    alone = [
-        train.predict(made.model, x[None], torch.tensor([len(x)]), "cpu", made.args.cached)
-        for x, _, _ in dataset
-    ]
-    targets = torch.tensor([[u.activation, u.valence] for u in dataset.utterances])
+    dataset = made.datasets["Test1"]
+    order = [i for rows, _ in train.make_batches(dataset, made.model, made.args) for i in rows]
+    assert order == sorted(range(8), key=dataset.lengths.__getitem__) != list(range(8))
+    predictions, scores = train.evaluate(made.model, dataset, made.args)
+    single = [[(x[None], [len(x)])] for x, _ in (dataset[i] for i in range(8))]
+    alone = [train.predict(made.model, chunks, "cpu", made.args.cached) for chunks in single]
     assert relative(predictions, torch.cat(alone)) < 1e-5
-    assert list(scores.values()) == pytest.approx(ccc.ccc(predictions, targets).tolist())
+    expected = ccc.ccc(predictions, dataset.targets).tolist()
+    assert list(scores.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_paper_padding_is_zeros(chunk, prepare):
+    """In paper padding each chunk is zero-padded to the longest of it, in evaluation and training."""
+    made = prepare("--padding", "paper", *(["--chunk", chunk] if chunk else []))
+    dataset = made.datasets["Train"]
+    for epoch in (None, 1):
+        for batch in train.make_batches(dataset, made.model, made.args, epoch):
+            rows, mine, chunks = train.load_batch(dataset, made.args, batch)
+            assert mine == list(range(len(rows))) and len(chunks) == -(-len(rows) // (chunk or 4))
+            for inputs, lengths in chunks:
+                assert inputs.shape == (len(lengths), max(lengths))
+                waves = [dataset[i][0] for i in rows[: len(lengths)]]
+                assert [len(wave) for wave in waves] == lengths
+                for padded, wave in zip(inputs, waves, strict=True):
+                    assert torch.equal(padded[: len(wave)], wave) and not padded[len(wave) :].any()
+                rows = rows[len(lengths) :]
 
 
 def test_training_order(prepare):
@@ -109,25 +124,27 @@ def test_training_order(prepare):
 
     def order(epoch, seed=0, batch_size=4):
         made.args.seed, made.args.batch_size = seed, batch_size
-        return list(train.make_loader(*made.datasets["Train"], made.args, epoch).batch_sampler)
+        batches = train.make_batches(made.datasets["Train"], made.model, made.args, epoch)
+        return [rows for rows, _ in batches]
 
     assert order(1) == order(1)
     assert len({str(order(epoch, seed)) for epoch in (1, 2, 3) for seed in (0, 1)}) == 6
-    assert sorted(row for batch in order(1) for row in batch) == list(range(12))
-    assert [len(batch) for batch in order(1, batch_size=11)] == [11]
+    assert sorted(i for rows in order(1) for i in rows) == list(range(12))
+    assert [len(rows) for rows in order(1, batch_size=11)] == [11]
 
 
 def test_an_epoch(launch, prepare, tmp_path):
     """An epoch is this loop, to the bit: in train mode, a step of AdamW at 1e-4 on 1 - CCC for each
-    batch."""
-    launch(tmp_path, "--padding", "exact")
-    made = prepare()
-    trained = models.trainable(made.model.train())
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
-    torch.set_rng_state(made.generator)
-    for inputs, lengths, targets, _ in train.make_loader(*made.datasets["Train"], made.args, 1):
+    batch, dropout seeded by seed, epoch and process."""
+    launch(tmp_path, "--padding", "exact", "--seed", 3)
+    made = prepare("--seed", 3)
+    trained, dataset = models.trainable(made.model.train()), made.datasets["Train"]
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
+    torch.manual_seed(3001000)
+    for rows, _ in train.make_batches(dataset, made.model, made.args, 1):
         optimizer.zero_grad()
-        predictions = train.predict(made.model, inputs, lengths, "cpu")
+        inputs, lengths, targets = train.data.collate([dataset[i] for i in rows])
+        predictions = made.model(inputs, lengths)
         (1 - ccc.ccc(predictions, targets)).mean().backward()
         optimizer.step()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
@@ -143,12 +160,13 @@ def check_run(folder):
     (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert result.keys() >= set(RESULT.split()) and line.keys() >= set(LINE.split())
     assert line["dev"] == result["dev"] and line["epoch"] == result["best_epoch"] == 1
-    for key in ("method", "precision", "seed", "cached", "chunk", "versions"):
-        assert config[key] == result[key]
+    assert config.items() <= result.items()
     saved = torch.load(folder / "best.pt", weights_only=True)["weights"]
     assert result["trainable_parameters"] == sum(weight.numel() for weight in saved.values())
-    scored, test = ccc.score(folder / "predictions-Test1.csv"), result["test"]
-    assert scored == pytest.approx((test["n"], test["activation"], test["valence"]), abs=1e-5)
+    n, scores = ccc.score_file(folder / "predictions-Test1.csv")
+    expected = [result["test"][attribute] for attribute in result["attributes"]]
+    assert n == result["test"]["n"]
+    assert sorted(scores.values()) == pytest.approx(sorted(expected), abs=1e-5)
     return result
 
 
@@ -162,7 +180,8 @@ def test_every_row(name, precision, row, launch, tmp_path):
     assert (result["precision"], result["seed"], result["test"]["n"]) == (precision, 3, 8)
     assert result["method"] == name.replace("frozen", "partial").split()[0]
     assert result["layers"] == (DEPTH if name in ("full", "lora") else 2)
-    assert (result["cached"], result["freeze_prefix"]) == ("cached" in name, name == "frozen")
+    assert result["cached"] == (result["cache"] is not None) == ("cached" in name)
+    assert result["freeze_prefix"] == ("cached" in name or name == "frozen")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -209,7 +228,7 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
     assert len(calls) == 5 and saved.keys() == calls[1].keys()
     for name, weight in calls[1].items():
         assert torch.equal(saved[name], weight) and torch.equal(calls[4][name], weight)
-    assert not torch.equal(calls[3]["activation.weight"], calls[1]["activation.weight"])
+    assert not torch.equal(calls[3]["head.weight"], calls[1]["head.weight"])
 
 
 def flat(value, path=""):
@@ -230,28 +249,26 @@ def contents(path):
     return flat([json.loads(line) if path.suffix == ".jsonl" else line for line in lines])
 
 
-@pytest.mark.parametrize("where", ["evaluate", "save_epoch"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["partial", "lora cached"])
-def test_resume(name, precision, where, row, launch, tmp_path, monkeypatch):
-    """A run interrupted in its second epoch, before or after best.pt is written, and resumed ends
-    bitwise as the uninterrupted one, optimizer, scaler and generator included; only times
-    differ."""
+def test_resume(name, precision, row, launch, tmp_path, monkeypatch):
+    """A run interrupted in its second epoch and resumed ends bitwise as the uninterrupted one,
+    optimizer and scaler included; only times differ."""
     options = [*row(name), "--precision", precision, "--epochs", 3, "--lr", 0.01]
     launch(tmp_path / "whole", *options)
-    calls, function = [], getattr(train, where)
+    calls, evaluate = [], train.evaluate
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return function(*args)
+            raise OSError
+        return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, where, interrupted)
-        with pytest.raises(SystemExit) as exit:
+        patch.setattr(train, "evaluate", interrupted)
+        with pytest.raises(OSError):
             launch(tmp_path / "parts", *options)
-    assert exit.value.code == 130 and not (tmp_path / "parts" / "result.json").exists()
+    assert not (tmp_path / "parts" / "result.json").exists()
     launch(tmp_path / "parts", *options, "--resume")
     for file in FILES.split()[1:]:
         whole, parts = (contents(tmp_path / folder / file) for folder in ("whole", "parts"))
@@ -259,3 +276,18 @@ def test_resume(name, precision, where, row, launch, tmp_path, monkeypatch):
         for key, leaf in whole.items():
             same = torch.equal(leaf, parts[key]) if torch.is_tensor(leaf) else leaf == parts[key]
             assert same, f"{file}: {key}"
+
+
+def test_attributes(launch, tmp_path):
+    """--attributes dominance valence: two columns in that order, in predictions, scores and weights,
+    and labels of their own columns; one attribute is enough."""
+    launch(tmp_path / "two", "--attributes", "dominance", "valence")
+    result = check_run(tmp_path / "two")
+    assert list(result["dev"]) == ["dominance", "valence"] == result["attributes"]
+    rows = read_csv(tmp_path / "two" / "predictions-Test1.csv")
+    assert list(rows[0]) == ["FileName", "Dom", "Val", "EmoDom", "EmoVal"]
+    launch(tmp_path / "one", "--attributes", "activation")
+    result = check_run(tmp_path / "one")
+    assert list(result["test"]) == ["activation", "n"]
+    saved = torch.load(tmp_path / "one" / "best.pt", weights_only=True)["weights"]
+    assert saved["head.weight"].shape[0] == 1
