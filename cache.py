@@ -79,9 +79,9 @@ def leave_on_signals(advice):
 
 
 def read_index(folder, wanted):
-    """{"fingerprint", "seconds", "bytes", "utterances": {name: [shard, offset, frames, checksum, audio
-    state]}} of a folder: its index files merged, without shards that are missing. FileNotFoundError where
-    there is none, ValueError if one is damaged or has another fingerprint than `wanted` says."""
+    """{"fingerprint", "seconds", "bytes", "utterances": {name: [shard, offset, frames, checksum,
+    audio state]}} of a folder: its index files merged, without shards that are missing.
+    FileNotFoundError where there is none, ValueError if one is damaged or not as `wanted` says."""
     merged, present = {}, {path.name for path in Path(folder).glob("shard-*.pt")}
     for path in sorted(Path(folder).glob("index*.json")):
         try:
@@ -91,9 +91,7 @@ def read_index(folder, wanted):
             found, merged = index["fingerprint"], merged or index | {"utterances": {}}
             wanted = found | wanted
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged; delete it, and the same cache.py fills"
-            ) from error
+            raise ValueError(f"{path} is damaged; delete it, and cache.py fills again") from error
         if differing := [key for key in wanted if found.get(key) != wanted[key]]:
             what = "; ".join(f"{key} {found.get(key)}, not {wanted[key]}" for key in differing)
             raise ValueError(f"the cache {folder} was made with another {what}. Fill one elsewhere")
@@ -149,13 +147,10 @@ class CachedDataset(Dataset):
 
     def __init__(self, folder, utterances, index):
         entries = index["utterances"]
+        if lacking := [u.name for u in utterances if u.name not in entries]:
+            what = f"{len(lacking)} utterances, first {lacking[0]}"
+            raise ValueError(f"the cache {folder} lacks {what}; the same cache.py adds them")
         for u in utterances:
-            if u.name not in entries:
-                n, advice = (
-                    sum(u.name not in entries for u in utterances),
-                    "cache.py adds what lacks",
-                )
-                raise ValueError(f"{folder} lacks {n} utterances, first {u.name}; {advice}")
             if audio_changed(u.path, entries[u.name][4]):
                 advice = f"delete {entries[u.name][0]} there, and the same cache.py fills it again"
                 raise ValueError(f"{u.path} has changed since {folder} was filled; {advice}")
@@ -235,12 +230,17 @@ def verify(folder, index, utterances):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Fill or verify a cache of the frozen half.")
     add = parser.add_argument
-    add("--data", required=True, help="corpus folder")
+    add("--data", required=True, help="corpus folder in MSP-Podcast's layout (section III)")
     add("--out", required=True, help="cache folder; what it holds already is kept")
-    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or local folder")
-    add("--layers", type=int, default=3, help="cache what comes before the last n layers (3)")
+    add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
+    add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
     add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
-    add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="what to cache")
+    add(
+        "--splits",
+        nargs="+",
+        default=["Train", "Development", "Test1"],
+        help="to cache (Train Development Test1)",
+    )
     add("--verify", action="store_true", help="read all back and compare it with its checksums")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
@@ -279,9 +279,8 @@ def fill_folder(args, model, audio, index, utterances):
     small. RANK and WORLD_SIZE are torchrun's, or a job array's."""
     import data
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = cuda if torch.cuda.is_available() else "cpu"
     process, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     held = [u for u in utterances if u.name in index["utterances"]]
     CachedDataset(args.out, held, index)  # refuses changed audio files
@@ -301,15 +300,14 @@ def fill_folder(args, model, audio, index, utterances):
     def encode(utterances):
         dataset = data.SpeechDataset(utterances, **audio)
         items = data.read_ahead(dataset.__getitem__, range(len(dataset)), args.workers)
-        for wave, _ in tqdm(items, "cache", len(dataset), leave=False, disable=process > 0):
+        for wave, _ in tqdm(items, "cache", len(dataset), leave=False, disable=process > 0 or None):
             yield model.frozen(wave[None].to(device), [len(wave)])[0][0].cpu()
 
     with lock(args.out, f".lock-{process}" if process else ".lock"):
         fill(args.out, index, [u for u in lacking if u.name in mine], encode, process)
-    size = sum(path.stat().st_size for path in Path(args.out).glob("shard-*.pt"))
-    print(
-        f"{args.out}: {len(mine)} utterances added, {size / 1e9:.3g} GB, {index['seconds']:.0f} s"
-    )
+    size = sum(path.stat().st_size for path in Path(args.out).glob("shard-*.pt")) / 1e9
+    seconds = index["seconds"]
+    print(f"{args.out}: {len(mine)} utterances added; {size:.3g} GB, filled in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

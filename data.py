@@ -57,7 +57,8 @@ def find(root, patterns):
     """Path of the last match of some patterns under `root` (1.6 has label, 1.9 concensus)."""
     matches = [str(path) for pattern in patterns for path in Path(root).glob(pattern)]
     if not matches:
-        raise FileNotFoundError(f"{root} is no corpus: it has no {' or '.join(patterns)}")
+        names = " or ".join(patterns).replace("[Ll]", "L").replace("[Aa]", "A").replace("[cs]", "s")
+        raise FileNotFoundError(f"{root} is no corpus: it has no {names}")
     return max(matches)
 
 

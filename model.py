@@ -377,6 +377,11 @@ def predict(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
+    if model.padding == "paper":
+        print(
+            "note: trained in padded batches, this run may score files alone otherwise",
+            file=sys.stderr,
+        )
     sys.stdout.reconfigure(errors="surrogateescape")  # names need not be valid UTF-8
     names = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with open(out, "w", **names) if args.csv else nullcontext(sys.stdout) as file:
@@ -440,7 +445,9 @@ def main(argv=None):
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("run", help="a run folder of train.py")
     shared.add_argument("--model", help="where the run's encoder is, if no longer where it was")
-    command = commands.add_parser("predict", parents=[shared], help="predict audio with a run")
+    command = commands.add_parser(
+        "predict", parents=[shared], help="CSV of each file, alone: scale 1 to 7, and 0 to 1"
+    )
     command.add_argument("audio", nargs="+", help="audio files, and folders of them")
     command.add_argument("--csv", help="write here instead of the terminal")
     command.set_defaults(function=predict)

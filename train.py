@@ -8,8 +8,8 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
 depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
---resume continues after the last epoch. In comments: B batch, S samples, T frames, D width, A
-attributes.
+--resume continues after the last epoch. In comments: B batch (b of it, a chunk), S samples, T frames,
+D width, A attributes.
 """
 
 import argparse
@@ -85,11 +85,7 @@ def fit(args, model, datasets, config):
     # bf16 has the range of float32 and needs no scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     history = resume(args, config, model, optimizer, scaler)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux's word for it
+    reset_peak_memory(args.device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(model, train, optimizer, scaler, args, epoch)
@@ -126,7 +122,9 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     batches, losses = make_batches(dataset, model, args, epoch), []
     loaded = data.read_ahead(partial(load_batch, dataset, args), batches, args.workers)
-    bar = tqdm(loaded, f"epoch {epoch}/{args.epochs}", len(batches), leave=False, disable=RANK > 0)
+    bar = tqdm(
+        loaded, f"epoch {epoch}/{args.epochs}", len(batches), leave=False, disable=RANK > 0 or None
+    )
     for rows, mine, chunks in bar:
         with autocast(args):
             predictions = predict(model, chunks, args.device, args.cached, args.recompute)
@@ -143,9 +141,9 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if not loss.isfinite():
             names = " ".join(dataset.utterances[i].name for i in rows)
+            advice = f"try a smaller --lr or --precision fp32, or look at these utterances: {names}"
             raise ValueError(
-                f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}; try a smaller --lr "
-                f"or --precision fp32, or look at the utterances of this batch: {names}"
+                f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}; {advice}"
             )
     return sum(losses) / len(losses)
 
@@ -181,9 +179,8 @@ def evaluate(model, dataset, args):
     model.eval()
     batches = make_batches(dataset, model, args)[RANK::PROCESSES]
     done, parts = [], [torch.zeros(0, len(args.attributes), device=args.device)]
-    for rows, _, chunks in data.read_ahead(
-        partial(load_batch, dataset, args), batches, args.workers
-    ):
+    loaded = data.read_ahead(partial(load_batch, dataset, args), batches, args.workers)
+    for rows, _, chunks in loaded:
         with autocast(args):
             parts.append(predict(model, chunks, args.device, args.cached))
         done += rows
@@ -288,8 +285,10 @@ def make_datasets(args, model, audio, utterances, index):
         return {split: data.SpeechDataset(part, **audio) for split, part in parts.items()}
     layer = index["fingerprint"]["layer"]
     if layer > model.cut:
-        advice = f"fill another with cache.py --layers {args.layers or 'of all'}"
-        raise ValueError(f"{args.cache} lacks layers {model.cut} to {layer - 1}; {advice}")
+        depth = model.encoder.config.num_hidden_layers
+        reason = f"is for the last {depth - layer} layers, this run trains {depth - model.cut}"
+        advice = f"fill another with cache.py --layers {depth - model.cut}"
+        raise ValueError(f"{args.cache} {reason}; {advice}")
     model.cut = layer
     return {split: cache.CachedDataset(args.cache, part, index) for split, part in parts.items()}
 
@@ -401,6 +400,13 @@ def write_predictions(args, utterances, predictions):
             writer.writerow([u.name, *(f"{1 + 6 * x:.6f}" for x in (*units, *u.labels))])
 
 
+def reset_peak_memory(device):
+    if device == "cuda":
+        return torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux's word for it
+
+
 def peak_memory(device):
     """Bytes at the peak of this run: allocated on the GPU or, on a CPU, resident."""
     if device == "cuda":
@@ -426,68 +432,62 @@ def demo(folder):
     run(parse_args([*common, *training]))
 
 
-def above_zero(kind):
-    """For argparse: text -> a number of that kind, int or float, above 0 and finite."""
-
-    def convert(text):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return kind(text)
-
-    return convert
-
-
 def parse_args(argv):
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument_group("what to run").add_argument
-    add("--demo", action="store_true", help="everything once, on synthetic speech (--out: demo)")
+    add(
+        "--demo",
+        action="store_true",
+        help="everything once, on synthetic speech, in demo/ or --out",
+    )
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
-    add("--model", default="facebook/wav2vec2-base", help="encoder: hub id or folder (IV-A)")
+    add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     names = [split for split in data.SPLITS if split != data.UNLABELLED]
-    add("--splits", nargs=3, default=names[:3], choices=names, help="train, select, test (III)")
+    shown = "to train on, choose the epoch by, test on (Train Development Test1, section III)"
+    add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=shown)
     names = data.ATTRIBUTES
-    add("--attributes", nargs="+", default=list(data.PAPER), choices=names, help="what to predict")
+    add("--attributes", nargs="+", default=list(data.PAPER), choices=names, help="to predict")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     names = "full", "partial", "lora"
-    add("--method", choices=names, default="partial", help="all layers, the last, or adapters")
     add(
-        "--layers",
-        type=above_zero(int),
-        help="the last n transformer layers (partial: 3; lora: all)",
+        "--method",
+        choices=names,
+        default="partial",
+        help="all, the last layers, adapters (partial)",
     )
-    add("--rank", type=above_zero(int), help="lora: rows of A (8)")
-    add("--alpha", type=above_zero(float), help="lora: its output is scaled by alpha / rank (16)")
+    add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
+    add("--rank", type=int, help="lora: rows of A (8)")
+    add("--alpha", type=float, help="lora: its output is scaled by alpha / rank (16)")
     add("--lora-dropout", type=float, help="lora: dropout of its input (.1)")
-    add("--dropout", type=float, default=0.2, help="before the head (IV-A)")
+    add("--dropout", type=float, default=0.2, help="before the head (.2, IV-A)")
     add = parser.add_argument_group("efficiency").add_argument
     add("--precision", choices=PRECISIONS, help="fp16 on CUDA, as in the paper; bf16 on a CPU")
     add("--cache", help="train from this cache of cache.py (IV-C)")
     add("--freeze-prefix", action="store_true", help="partial: freeze all that a cache freezes")
     names = "paper", "exact"
-    add("--padding", choices=names, default="paper", help="exact: batch-mates change nothing")
     add(
-        "--chunk",
-        type=above_zero(int),
-        help="utterances a pass through the model; the loss is the batch's",
+        "--padding",
+        choices=names,
+        default="paper",
+        help="exact: no prediction depends on its batch",
     )
-    add("--recompute", action="store_true", help="compute activations twice, keep none (II-D)")
+    add("--chunk", type=int, help="utterances a pass, for less padding; one loss over all")
+    add(
+        "--recompute",
+        action="store_true",
+        help="keep one chunk's activations, compute them twice (II-D)",
+    )
     add = parser.add_argument_group("training (section IV-D)").add_argument
-    add("--epochs", type=above_zero(int), default=5, help="passes over the training split")
-    add(
-        "--batch-size",
-        type=above_zero(int),
-        default=32,
-        help="utterances in the loss, of all processes",
-    )
-    add("--lr", type=above_zero(float), default=1e-4, help="AdamW's learning rate, fixed")
+    add("--epochs", type=int, default=5, help="passes over the training split (5)")
+    add("--batch-size", type=int, default=32, help="utterances in the loss, of all processes (32)")
+    add("--lr", type=float, default=1e-4, help="AdamW's learning rate, fixed (1e-4)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--workers", type=int, default=2, help="threads that load data ahead of the model")
+    add("--workers", type=int, default=2, help="threads that load data ahead of the model (2)")
     args = parser.parse_args(argv)
     resolve(parser.error, args)
     return args
@@ -518,8 +518,13 @@ def resolve(error, args):
             error("--rank, --alpha and --lora-dropout need --method lora")
         if args.method == "lora" and getattr(args, key) is None:
             setattr(args, key, default)
+    for key in ("epochs", "batch_size", "lr", "chunk", "layers", "rank", "alpha"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            error(f"--{key.replace('_', '-')} must be above 0")
     if args.batch_size == 1 or min(args.workers, args.seed) < 0 or args.seed >= 2**32:
         error("--batch-size is 2 or more, --workers 0 or more, --seed 0 to 4294967295")
+    if not (args.lr < 1 and 0 <= args.dropout < 1 and 0 <= (args.lora_dropout or 0) < 1):
+        error("--lr, --dropout and --lora-dropout must be below 1, and no dropout below 0")
     if Path(args.model).is_dir():
         args.model = os.path.abspath(args.model)  # best.pt names it, wherever predict is run
 

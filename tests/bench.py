@@ -9,9 +9,9 @@ wav2vec2-base, noise with lengths like MSP-Podcast's, and the functions that tra
 
 Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole, a
 CPU the --batch longest of each chunk (which is padded to its longest), and the time is scaled up.
-mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward and AdamW. hours: 5
-epochs over MSP-Podcast's Train. of rate: the step's arithmetic over the rate of a large matrix
-product just before (convolutions run in TF32: fp32 may pass 1); useful: without that on padding.
+mixed: fp16 on CUDA, bf16 on a CPU. s/step: median of forward, loss, backward, AdamW. hours: of 5
+epochs over MSP-Podcast's Train. peak GB: where all is run. of rate: arithmetic over the rate of a
+large matrix product just before (convolutions in TF32 may pass 1); useful: without that on padding.
 """
 
 import argparse
@@ -60,10 +60,8 @@ TABLE_2 += ["partial 3 fp32", "partial 3 mixed", "lora fp32"]
 
 
 def spread(n):
-    """n lengths in samples, from short to long, evenly spread over an exponential distribution of
-    2.75 to 11 s, mean 5.65 s, whose random batches of 32 are 54 % speech, as MSP-Podcast's."""
-    quantiles, rate = (np.arange(n) + 0.5) / n, 0.2283
-    seconds = 2.75 - np.log(1 - quantiles * (1 - np.exp(-8.25 * rate))) / rate
+    """n lengths in samples, short to long, spread like MSP-Podcast's: 2.75 to 11 s, mean 5.65 s."""
+    seconds = 2.75 - np.log(1 - 0.848 * (np.arange(n) + 0.5) / n) / 0.2283
     return (seconds * RATE).astype(int)
 
 
@@ -83,7 +81,7 @@ def build(row, device=None):
         model = models.EmotionModel(encoder, args.attributes, args.dropout, args.padding)
     adapters = args.rank, args.alpha, args.lora_dropout
     models.freeze(model, args.method, args.layers, args.freeze_prefix, *adapters)
-    return args, model
+    return args, model.train()
 
 
 def make_batch(lengths, cached, device):
@@ -94,24 +92,22 @@ def make_batch(lengths, cached, device):
     return [(new(each), each) for each in rows.tolist()], torch.rand(lengths.size, 2, device=device)
 
 
-class Job:
-    """A model, its optimizer, and train.train_epoch's step without checks."""
+def make_step(args, model):
+    """(train.train_epoch's step without checks, optimizer, scaler)."""
+    weights = models.trainable(model).values()
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
 
-    def __init__(self, args, model):
-        self.args, self.model = args, model.train()
-        weights = models.trainable(model).values()
-        self.optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
-        self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-        self.step(*make_batch(spread(2)[None] // 9, args.cached, args.device))  # AdamW's state
+    def step(chunks, targets):
+        with train.autocast(args):
+            predictions = train.predict(model, chunks, args.device, args.cached, args.recompute)
+        scaler.scale(train.ccc_loss(predictions, targets)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
 
-    def step(self, chunks, targets):
-        how = self.args.device, self.args.cached, self.args.recompute
-        with train.autocast(self.args):
-            predictions = train.predict(self.model, chunks, *how)
-        self.scaler.scale(train.ccc_loss(predictions, targets)).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+    step(*make_batch(spread(2)[None] // 9, args.cached, args.device))  # makes AdamW's state
+    return step, optimizer, scaler
 
 
 def matmul_rate(precision, device):
@@ -122,22 +118,20 @@ def matmul_rate(precision, device):
 
 
 def run_row(row, n, longest=None, cap=np.inf):
-    """{column: figure} of a row, n utterances a chunk; None if out of memory, of which PyTorch may
-    take `cap` GB. longest : replaces the longest of the batch, in samples."""
+    """{column: figure} of a row, n utterances a chunk; None if `cap` GB, or memory, are not enough."""
     try:
-        if torch.cuda.is_available():
+        args, model = build(row)
+        rate, steps = matmul_rate(args.precision, args.device), []
+        whole = spread(BATCH).reshape(-1, args.chunk or BATCH)
+        whole[-1, -1] = longest or whole[-1, -1]
+        if args.device == "cuda":
             share = cap * 1e9 / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
             torch.cuda.reset_peak_memory_stats()
-        args, model = build(row)
-        whole, steps = spread(BATCH).reshape(-1, args.chunk or BATCH), []
-        whole[-1, -1] = longest or whole[-1, -1]
-        rate, job = matmul_rate(args.precision, args.device), Job(args, model)
         batch = make_batch(whole[:, -n:], args.cached, args.device)
-        if args.device == "cuda":
-            job.step(*batch)  # chooses kernels
-        while sum(steps) < 2:
-            steps.append(timed(job.step, *batch)[0])
+        step = make_step(args, model)[0]
+        while sum(steps) < (10 if args.device == "cuda" else 2):
+            steps.append(timed(step, *batch)[0])
     except (RuntimeError, MemoryError) as error:
         if not train.out_of_memory(error):
             raise
@@ -157,13 +151,12 @@ def run_row(row, n, longest=None, cap=np.inf):
     return line | {"useful": line["of rate"] * whole.mean() / whole[:, -1].mean()}
 
 
-def measure_rows(rows, n):
-    """Of each row its figures; where mixed precision multiplies more slowly, as where a CPU has no
-    native bf16, without rows in it, unless it is the only one."""
+def measure_rows(rows, n, named):
+    """Rows one by one; unless they are named, without mixed precision where that is slower."""
     args, full = build("full mixed", "meta")[0], None
     if matmul_rate(args.precision, args.device) < matmul_rate("fp32", args.device):
         print("Mixed precision multiplies more slowly here: train with --precision fp32.")
-        rows = [row for row in rows if row.endswith("fp32")] or rows
+        rows = [row for row in rows if named or row.endswith("fp32")]
     for row in rows:
         if line := run_row(row, n):
             full = line["s/step"] if row == "full fp32" else full
@@ -171,16 +164,15 @@ def measure_rows(rows, n):
 
 
 def measure_memory(caps):
-    """Peaks at batch 32, the longest 11 s, each in a process of its own; with caps on what PyTorch
-    takes, none where one is too low."""
+    """Peaks, the longest 11 s, each in a process of its own, with caps on what PyTorch takes."""
     spawn = torch.multiprocessing.get_context("spawn")
     for row in TABLE_2 if torch.cuda.is_available() else TABLE_2[:2]:
         line = {"peak GB at 32": row}
         for cap in (np.inf, *caps):
             line[f"of {cap:g} GB"] = None  # stays, too, where the system ends the process
             with ProcessPoolExecutor(1, spawn) as pool, contextlib.suppress(BrokenExecutor):
-                if found := pool.submit(run_row, row, BATCH, 11 * RATE, cap).result():
-                    line[f"of {cap:g} GB"] = found["peak GB"]
+                found = pool.submit(run_row, row, BATCH, 11 * RATE, cap).result()
+                line[f"of {cap:g} GB"] = found and found["peak GB"]
         yield line
 
 
@@ -195,7 +187,6 @@ def write_corpus(root, n):
 def measure_cache(folder, utterances, n):
     """Filling with noise, and n utterances with a model; reading the first."""
     noise, (args, model), model_seconds = torch.randn(560, WIDTH), build("freeze-prefix 3 fp32"), []
-    model.eval()
 
     def encode(utterances):  # as cache.py does
         waves = data.SpeechDataset(utterances, RATE)
@@ -213,29 +204,30 @@ def measure_cache(folder, utterances, n):
     alone = lambda utterances: (noise[: (u.samples - 80) // 320] for u in utterances)
     seconds, cached = fill(folder / "noise", utterances, alone)
     frames, size = sum(cached.lengths), cached.index["bytes"]
-    yield {"cache": "besides the model, ms/utterance", "": 1000 * seconds / len(cached)}
-    yield {"cache": "bytes/frame", "": size / frames}
-    yield {"cache": "three splits, GB", "": CACHED / len(cached) * size / 1e9}
+    yield {"cache": "besides the model, ms/utterance", "figure": 1000 * seconds / len(cached)}
+    yield {"cache": "bytes/frame", "figure": size / frames}
+    yield {"cache": "three splits, GB", "figure": CACHED / len(cached) * size / 1e9}
     for name, order in (("in order", np.arange), ("shuffled", np.random.permutation)):
         cached.opened.clear()
         for path in cached.folder.glob("*.pt"):
             with open(path) as file:  # from the disk, not from memory
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         seconds, _ = timed(list, map(cached.__getitem__, order(len(cached))))
-        yield {"cache": f"reading {name}, frames/s", "": frames / seconds}
+        yield {"cache": f"reading {name}, frames/s", "figure": frames / seconds}
     list(encode(utterances[:1]))
     seconds, some = fill(folder / "model", utterances[:n], encode)
-    yield {"cache": "filling, frames/s", "": sum(some.lengths) / seconds}
-    yield {"cache": "its model alone, frames/s", "": sum(some.lengths) / sum(model_seconds[1:])}
-    yield {"cache": "three splits, hours", "": CACHED / n * seconds / 3600}
+    yield {"cache": "filling, frames/s", "figure": sum(some.lengths) / seconds}
+    yield {
+        "cache": "its model alone, frames/s",
+        "figure": sum(some.lengths) / sum(model_seconds[1:]),
+    }
+    yield {"cache": "three splits, hours", "figure": CACHED / n * seconds / 3600}
 
 
 def measure_loop(folder, utterances, quick):
-    """train.train_epoch's waiting for data, as a share of the time after its first batch. On a CPU
-    few and short utterances: the faster a step, the more of it is waiting."""
-    cuda = torch.cuda.is_available()
+    """train.train_epoch's waiting for data; on a CPU with short utterances, whose steps are fast."""
+    cuda, waits, read_ahead = torch.cuda.is_available(), [], data.read_ahead
     utterances = sorted(utterances, key=lambda u: u.samples)[: 18 * BATCH if cuda else 16]
-    waits, read_ahead = [], data.read_ahead
 
     def watched(*how):
         start = time.perf_counter()
@@ -244,21 +236,19 @@ def measure_loop(folder, utterances, quick):
             yield loaded
             start = time.perf_counter()
 
+    cached = cache.CachedDataset(folder, utterances, cache.read_index(folder, {}))
     data.read_ahead = watched  # for good, as nothing else is measured afterwards
     if cuda:
         torch.cuda.set_sync_debug_mode("warn")
     for method in ["recommended"] if quick else ["recommended", "freeze-prefix 3"]:
         args, model = build(f"{method} {'mixed' if cuda else 'fp32'}")
-        args.batch_size, job = BATCH if cuda else 4, Job(args, model)
-        dataset = data.SpeechDataset(utterances, RATE)
-        if args.cached:
-            dataset = cache.CachedDataset(folder, utterances, cache.read_index(folder, {}))
+        args.batch_size, (_, *how) = BATCH if cuda else 4, make_step(args, model)
+        dataset = cached if args.cached else data.SpeechDataset(utterances, RATE)
         for args.workers in (0, 2) if quick else (0, 1, 2, 4):
             waits.clear()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                how = dataset, job.optimizer, job.scaler, args, 1
-                seconds, _ = timed(train.train_epoch, model, *how)
+                seconds, _ = timed(train.train_epoch, model, dataset, *how, args, 1)
             line = {"loop": f"{method}, {args.workers} workers", "s/step": seconds / len(waits)}
             line["waiting"] = sum(waits[1:]) / (seconds - waits[0])
             syncs = sum("called a synchronizing" in str(w.message) for w in caught)
@@ -266,11 +256,9 @@ def measure_loop(folder, utterances, quick):
 
 
 def measure_peers():
-    """A step of 4 utterances, padded, in fp32: others' and ours in turns."""
-    # without what no row here has: layers skipped at random and SpecAugment
+    """A step of 4 utterances in turns; theirs without what no row has: layer drop, SpecAugment."""
     config = Wav2Vec2Config(num_labels=2, layerdrop=0.0, apply_spec_augment=False)
     how = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
-    how["lora_dropout"] = 0.1
     for method in ("full", "lora"):
         peer, (args, ours) = Wav2Vec2ForSequenceClassification(config), build(f"{method} fp32")
         peer.freeze_feature_encoder()
@@ -279,44 +267,32 @@ def measure_peers():
                 from peft import LoraConfig, get_peft_model
             except ImportError as error:
                 return print(f"PEFT: pip install peft ({error})")
-            peer = get_peft_model(peer, LoraConfig(r=8, lora_alpha=16, **how))
+            peer = get_peft_model(peer, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, **how))
         peer.frozen, peer.attributes = lambda wave, lengths: (wave, lengths), ours.attributes
         peer.trained = lambda wave, lengths, peer=peer: peer(wave).logits
-        jobs = [Job(args, model.to(args.device)) for model in (peer, ours)]
+        steps = [make_step(args, model.to(args.device))[0] for model in (peer, ours)]
         batch = make_batch(spread(4)[None], False, args.device)
-        turns = [[timed(job.step, *batch)[0] for job in jobs] for _ in range(4)]
-        line = dict(zip(("theirs", "ours"), np.median(turns, axis=0), strict=True))
-        yield {"s/step of 4": type(peer).__name__} | line | {"ratio": line["theirs"] / line["ours"]}
+        turns = [[timed(step, *batch)[0] for step in steps] for _ in range(3)]
+        a, b, ratio = np.median([(a, b, a / b) for a, b in turns], axis=0)
+        yield {"s/step of 4": type(peer).__name__, "theirs": a, "ours": b, "ratio": ratio}
 
 
 def measure_processes(folder):
     """train.py with a small encoder on the CPU, in one process and in two, a thread each."""
-    write_corpus(folder / "corpus", 7 * BATCH)
+    write_corpus(folder / "corpus", 4 * BATCH)
     data.write_encoder(folder / "encoder", layers=4, width=256, channels=64)
-    common = f"--data {folder}/corpus --model {folder}/encoder"
+    common, cached = f"--data {folder}/corpus --model {folder}/encoder", f"--cache {folder}/cache"
     cache.main(f"{common} --out {folder}/cache".split())
-    common += " --epochs 1 --device cpu --precision fp32"
-    rows = {"partial 3 chunked": "--padding exact --chunk 4", "full": "--method full"}
-    rows["cached 3"] = f"--cache {folder}/cache"
+    rows = {"partial 3": "--padding exact --chunk 4", "full": "--method full", "cached 3": cached}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for row, options in rows.items():
-        line = {"s/step of 32": row}
-        for n, launcher in (("1", ""), ("2", "-m torch.distributed.run --nproc-per-node 2")):
-            out, env = folder / (row[:4] + n), os.environ | {"OMP_NUM_THREADS": "1"}
-            command = f"{launcher} train.py {common} {options} --out {out}".split()
-            subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=True)
-            line[n] = json.loads((out / "result.json").read_text())["train_seconds"] / 7
-        yield line | {"faster": line["1"] / line["2"]}
-
-
-def show(rows):
-    """Print {column: figure} as they come -> all of them."""
-    shown = []
-    for row in rows:
-        for first, *cells in [row.values()] if shown else [row, row.values()]:
-            texts = (f"{cell:.4g}" if isinstance(cell, float) else cell or "-" for cell in cells)
-            print(f"{first:34}" + "".join(f"{text:>12}" for text in texts), flush=True)
-        shown.append(row)
-    return shown
+        line = {"s/step by processes": row}
+        for n, how in ((1, ""), (2, "-m torch.distributed.run --standalone --nproc-per-node 2")):
+            out = folder / f"{row[:4]}-{n}"
+            command = f"{how} train.py {common} {options} --epochs 1 --precision fp32 --out {out}"
+            subprocess.check_output([sys.executable, *command.split()], cwd=ROOT, env=env)
+            line[n] = json.loads((out / "result.json").read_text())["train_seconds"] / 4
+        yield line | {"faster": line[1] / line[2]}
 
 
 def main(argv=None):
@@ -336,12 +312,13 @@ def main(argv=None):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all that follows, other processes too
     cuda = train.parse_args(["--demo", "--device", options.device]).device == "cuda"
     rows = options.rows.split(",") if options.rows else QUICK if options.quick else list(ROWS)
+    n = options.batch or (BATCH if cuda else 1)
     if not set(rows) <= set(ROWS) or (options.memory and not cuda):
-        parser.error("an unknown row (see --help), or caps for --memory without CUDA")
+        parser.error("unknown rows (see --help), or caps for --memory without CUDA")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         if options.memory is not None:
             figures = {"memory": measure_memory(options.memory or ([11, 48] if cuda else []))}
         elif options.peers:
@@ -349,13 +326,19 @@ def main(argv=None):
         elif options.processes:
             figures = {"processes": measure_processes(folder)}
         else:
-            figures = {"rows": measure_rows(rows, options.batch or (BATCH if cuda else 1))}
+            figures = {"rows": measure_rows(rows, n, bool(options.rows))}
         if "rows" in figures and not options.rows:
             write_corpus(folder / "corpus", 640 if cuda else 160)
             utterances = data.load_corpus(folder / "corpus", data.SPLITS[:3])
             figures["cache"] = measure_cache(folder, utterances, 640 if cuda else 8)
             figures["loop"] = measure_loop(folder / "noise", utterances, options.quick)
-        figures = {what: show(rows) for what, rows in figures.items()}
+        for what, rows in figures.items():
+            figures[what] = []
+            for row in rows:
+                for first, *cells in [row.values()] if figures[what] else [row, row.values()]:
+                    texts = (f"{x:.4g}" if isinstance(x, float) else x or "-" for x in cells)
+                    print(f"{first:34}" + "".join(f"{text:>12}" for text in texts), flush=True)
+                figures[what].append(row)
     if options.json:
         Path(options.json).write_text(json.dumps({"device": device, **figures}, indent=1))
 

@@ -244,7 +244,6 @@ def test_table_two(tmp_path, capsys):
 
 ODD = [({key: 6}, f"same {key}") for key in stats.SAME if key != "attributes"]
 ODD += [(ONE, "same attributes"), ({"seed": 1}, "same row and seed: .*run1 and .*run5")]
-ODD += [({"method": "partial"}, "partial12 fp32 has one finished seed")]
 ODD += [({"test": {"n": 9}}, "run5/result.json: the key 'activation' is missing")]
 
 
@@ -331,3 +330,12 @@ def test_plot(paper, tmp_path, capsys, monkeypatch):
     assert png[1:4] == b"PNG" and int.from_bytes(png[16:20]) == 900
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused("pip install matplotlib", paper, "--plot", "plot.png")
+
+
+def test_one_seed(tmp_path, capsys):
+    """A row with one finished seed is shown without mean, sd and test, and stops nothing else."""
+    write_row(tmp_path, (0.6, 0.01))
+    write_run(tmp_path, activation=0.4321, method="partial", layers=3)
+    lines = table(capsys, tmp_path).splitlines()
+    assert any("partial3 fp32" in line and "one seed: .432" in line for line in lines)
+    assert any("full fp32" in line and ".600±.010" in line for line in lines)
