@@ -87,7 +87,10 @@ def read_index(folder, wanted):
         try:
             index = json.loads(path.read_text())
             entries, seconds = index["utterances"].items(), float(index["seconds"])
-            held = {name: entry for name, entry in entries if entry[0] in present and entry[4]}
+            held = {}
+            for name, (shard, offset, frames, check, (size, changed, crc)) in entries:
+                if shard in present:
+                    held[name] = [shard, offset, frames, check, [size, changed, crc]]
             found, merged = index["fingerprint"], merged or index | {"utterances": {}}
             wanted = found | wanted
         except (LookupError, TypeError, AttributeError, ValueError) as error:

@@ -63,7 +63,6 @@ def run(args):
     print(f"{models.describe(model.encoder, audio)}; {trained:,} of {total:,} are trained")
     add_up(torch.zeros(1, device=args.device))  # all have read the folder that one writes to now
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
-        write_json(args, "config.json", config)
         try:
             fit(args, model.to(args.device), datasets, config)
         except (RuntimeError, MemoryError) as error:
@@ -85,6 +84,7 @@ def fit(args, model, datasets, config):
     # bf16 has the range of float32 and needs no scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     history = resume(args, config, model, optimizer, scaler)
+    write_json(args, "config.json", config)  # not before, as another run's may be there
     reset_peak_memory(args.device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()

@@ -118,7 +118,7 @@ def matmul_rate(precision, device):
 
 
 def run_row(row, n, longest=None, cap=np.inf):
-    """{column: figure} of a row, n utterances a chunk; None if `cap` GB, or memory, are not enough."""
+    """{column: figure} of a row, n utterances a chunk; None if memory, or `cap` GB, is short."""
     try:
         args, model = build(row)
         rate, steps = matmul_rate(args.precision, args.device), []
@@ -225,7 +225,7 @@ def measure_cache(folder, utterances, n):
 
 
 def measure_loop(folder, utterances, quick):
-    """train.train_epoch's waiting for data; on a CPU with short utterances, whose steps are fast."""
+    """train.train_epoch's waiting for data; on a CPU of short utterances: fast steps."""
     cuda, waits, read_ahead = torch.cuda.is_available(), [], data.read_ahead
     utterances = sorted(utterances, key=lambda u: u.samples)[: 18 * BATCH if cuda else 16]
 

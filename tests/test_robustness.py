@@ -144,8 +144,8 @@ CODE = b'"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel":
 TYPE, OPEN = b'"model_type": "wav2vec2"', b"open('executed', 'w')"
 
 BAD = [  # what is spoiled, the command, what the error says
-    (None, f"{TRAIN} --data nowhere", "nowhere is no corpus: it has no [Ll]abels/labels_con"),
-    (lambda: shutil.rmtree("corpus/Audios"), FILL, "corpus is no corpus: it has no [Aa]udios"),
+    (None, f"{TRAIN} --data nowhere", "nowhere is no corpus: it has no Labels/labels_con"),
+    (lambda: shutil.rmtree("corpus/Audios"), FILL, "corpus is no corpus: it has no Audios"),
     (lambda: replace(b",4,0", b",,0"), f"{TRAIN} --attributes dominance", "line 2: 'u00.wav' ['']"),
     (lambda: replace(b"EmoDom", b"D"), f"{TRAIN} --attributes dominance", "no column EmoDom in"),
     (lambda: replace(b",", b";", times=-1), TRAIN, "with commas: no column FileName, SpkrID"),
@@ -195,7 +195,11 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --cache new", "new is no cache: no index.json"),
     (weights, CACHED, "the cache cache was made with another encoder"),
     (None, f"{REFILL} --dtype float32 --layers 1", "layer 2, not 3; dtype float16, not float32"),
-    (None, f"{CACHED} --layers 3", "cache lacks layers 1 to 1; fill another with cache.py --layer"),
+    (
+        None,
+        f"{CACHED} --layers 3",
+        "cache is for the last 2 layers, this run trains 3; fill another",
+    ),
     (lambda: os.remove(SHARD), CACHED, " utterances, first u"),
     (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed since cache was filled; delete sha"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
@@ -358,7 +362,7 @@ def test_real_processes(world):
         for i in range(9):  # something to do for cache.py
             soundfile.write(f"corpus/Audios/x{i}.wav", NOISE[:480000], 16000)
             file.write(f"x{i}.wav,N,3,3,4,1,Male,Test2\n")
-    lines = [f"{AGAIN} --epochs 9999", f"{FILL} --splits Test2 --out x", PREDICT, "ccc no.csv"]
+    lines = [f"{AGAIN} --epochs 999", f"{FILL} --splits Test2 --out x", PREDICT, "ccc no.csv"]
     started, pipe = [], subprocess.PIPE
     for command, *arguments in map(str.split, lines):
         arguments = [sys.executable, COMMANDS[command].__file__, *arguments]
@@ -371,12 +375,12 @@ def test_real_processes(world):
         with pytest.raises(OSError, match="is in use by another process; give another folder"):
             call(line)
         process.send_signal(number)
-    errors = [process.stderr.read() for process in started]
-    assert [process.wait() for process in started] == [130, 130, -signal.SIGPIPE, 2]
+    errors = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [130, 130, -signal.SIGPIPE, 2]
     last = [error.splitlines()[-1] for error in errors[:2]]
     assert last[0] == "interrupted: the same command with --resume continues"
     assert last[1] == "interrupted: finished shards are kept; the same command continues"
-    assert "Traceback" not in "".join(errors) and errors[2] == ""
+    assert "Traceback" not in "".join(errors) and "Broken pipe" not in errors[2]
     assert errors[3] == "error: [Errno 2] No such file or directory: 'no.csv'\n"
 
 

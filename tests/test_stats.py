@@ -336,6 +336,6 @@ def test_one_seed(tmp_path, capsys):
     """A row with one finished seed is shown without mean, sd and test, and stops nothing else."""
     write_row(tmp_path, (0.6, 0.01))
     write_run(tmp_path, activation=0.4321, method="partial", layers=3)
-    lines = table(capsys, tmp_path).splitlines()
+    lines = text(capsys, tmp_path).splitlines()
     assert any("partial3 fp32" in line and "one seed: .432" in line for line in lines)
     assert any("full fp32" in line and ".600±.010" in line for line in lines)
