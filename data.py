@@ -211,7 +211,7 @@ def read_ahead(load, items, workers):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
     items ahead (0: on demand, by the caller). Our choice, threads: nothing is pickled, no shared
     memory fills up, an error arrives as it is; decoding, checksums and NumPy release the GIL."""
-    if workers == 0:
+    if workers < 1:
         yield from map(load, items)
         return
     pool, futures = ThreadPoolExecutor(workers), deque()

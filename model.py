@@ -392,6 +392,7 @@ def predict(args):
             unit = model(wave[None].to(device), [len(wave)])[0].tolist()
             scaled = [f"{1 + 6 * x:.4f}" for x in unit]
             writer.writerow([utterance.name, *scaled, *(f"{x:z.6f}" for x in unit)])
+            file.flush()
 
 
 def export(args):

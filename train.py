@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-import resource
+import re
 import sys
 import time
 from functools import partial
@@ -411,7 +411,8 @@ def peak_memory(device):
     """Bytes at the peak of this run: allocated on the GPU or, on a CPU, resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # (ru_maxrss would start at the parent's peak)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def out_of_memory(error):

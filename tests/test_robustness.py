@@ -195,11 +195,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --cache new", "new is no cache: no index.json"),
     (weights, CACHED, "the cache cache was made with another encoder"),
     (None, f"{REFILL} --dtype float32 --layers 1", "layer 2, not 3; dtype float16, not float32"),
-    (
-        None,
-        f"{CACHED} --layers 3",
-        "cache is for the last 2 layers, this run trains 3; fill another",
-    ),
+    (None, f"{CACHED} --layers 3", "cache is for the last 2 layers, this run trains 3"),
     (lambda: os.remove(SHARD), CACHED, " utterances, first u"),
     (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed since cache was filled; delete sha"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
