@@ -8,9 +8,9 @@ Everything above `parse_args` stands alone: copy it. As a command, which imports
     torchrun --nproc-per-node 4 cache.py --data MSP-Podcast --layers 3 --out cache/last-3
 
 A folder holds shard-00000.pt …: hidden states before a transformer layer, packed without padding,
-each utterance computed alone, so one cache serves both paddings; and index.json: what they were made
-from, in how many seconds, and of each utterance its shard, offset, frames, checksum and audio file's
-state. The same command continues an interrupted fill. Process r > 0 of several writes files of its
+each utterance computed alone, in float32, so one cache serves both paddings; and index.json: what
+they were made from, in how many seconds, and of each utterance its shard, offset, frames, checksum
+and audio file's state. The same command continues an interrupted fill. Process r > 0 of several writes files of its
 own (index-r.json, shard-r-00000.pt …) and talks to none; readers merge the indices.
 """
 
@@ -172,7 +172,8 @@ class CachedDataset(Dataset):
 def add_shard(folder, index, process, parts):
     """Write [(utterance, hidden states (T, D))] as one file, then the index that knows of it."""
     suffix, number, offset = f"-{process}" if process else "", 0, 0
-    while Path(folder, shard := f"shard{suffix}-{number:05}.pt").exists():
+    used = {shard for shard, *_ in index["utterances"].values()}
+    while (shard := f"shard{suffix}-{number:05}.pt") in used:
         number += 1
     with atomic(Path(folder, shard)) as file:
         torch.save({"hidden": torch.cat([hidden for _, hidden in parts])}, file)
@@ -181,7 +182,9 @@ def add_shard(folder, index, process, parts):
         index["utterances"][utterance.name] = [shard, offset, len(hidden), check, state]
         offset += len(hidden)
     with atomic(Path(folder, f"index{suffix}.json"), "w") as file:
-        file.write(json.dumps(index))  # json.dump is ten times slower
+        mine = index["utterances"].items()  # each process lists its own shards
+        mine = {name: e for name, e in mine if e[0].rpartition("-")[0] == f"shard{suffix}"}
+        file.write(json.dumps(index | {"utterances": mine}))  # json.dump is ten times slower
 
 
 def fill(folder, index, utterances, encode, process=0):
@@ -200,13 +203,13 @@ def fill(folder, index, utterances, encode, process=0):
         for utterance, hidden in zip(utterances, encode(utterances), strict=True):
             hidden = hidden.to(dtype, copy=True)
             if not hidden.sum(dtype=torch.float32).isfinite():  # a tenth of isfinite().all()
-                reason = f"hidden states beyond the range of {dtype}; use --dtype float32"
+                reason = f"NaN, or hidden states beyond the range of {dtype} (--dtype float32)"
                 raise ValueError(f"{utterance.path}: {reason}")
             parts.append((utterance, hidden))
             size += hidden.nbytes
             if size >= SHARD_BYTES or utterance is utterances[-1]:
                 for future in written:
-                    future.result()  # one at a time: two shards in memory at most
+                    future.result()  # one at a time, to bound the memory
                 now = time.perf_counter()
                 index["seconds"], start = index["seconds"] + now - start, now
                 written = [writer.submit(add_shard, folder, index, process, parts)]
@@ -290,6 +293,7 @@ def fill_folder(args, model, audio, index, utterances):
     lacking = [u for u in utterances if u.name not in index["utterances"]]
     frames, width = sum(model.frames(u.samples) for u in lacking), model.encoder.config.hidden_size
     needed = frames * width * DTYPES[args.dtype].itemsize
+    # the nearest folder that exists: --out itself, or above
     disk = next(path for path in Path(args.out, "x").absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(disk).free):
         raise OSError(

@@ -18,7 +18,7 @@ def ccc(pred, target, eps=1e-8):
     pred, target : float tensors (N, ...) in the same unit. Returns (...), at least float32: half
     precision is cast up first, so autocast around it changes nothing.
     Our choice: population moments (1/n, Lin 1989) throughout, as with 1/(n - 1) in some of them
-    ccc(x, x) is not 1; with `eps` a constant prediction gives 0 and finite gradients, not NaN.
+    ccc(x, x) is not 1; `eps`: where both are one constant, 0 and finite gradients, not NaN.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred, target = pred.to(dtype), target.to(dtype)
@@ -33,7 +33,7 @@ def ccc_loss(pred, target):
     """Mean over attributes of 1 - CCC: pred, target (B, A) -> scalar.
 
     It needs the means of the whole batch, so a batch must not be split for it: predictions 0 1 0 1
-    of labels 0 1 5 6 lose .96, but their two halves lose 0 and .98, .49 on average.
+    for labels 0 1 5 6 have a loss of .96, their two halves 0 and .98, .49 on average.
     """
     return (1 - ccc(pred, target)).mean()
 

@@ -27,7 +27,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-KERNELS, STRIDES = [10, 3, 3, 3, 3, 2, 2], [5, 2, 2, 2, 2, 2, 2]  # their CNN: 400 samples a frame
+KERNELS, STRIDES = (
+    [10, 3, 3, 3, 3, 2, 2],
+    [5, 2, 2, 2, 2, 2, 2],
+)  # their CNN: 400 samples, every 320
 DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
 # what a config.json says, beside the shapes of the weights, that changes a number
 CONFIG = "model_type num_attention_heads layer_norm_eps hidden_act feat_extract_activation "
@@ -44,11 +47,11 @@ class EmotionModel(nn.Module):
                      are zero before the positional convolution, masked in attention and not in the
                      mean: batched = alone.
 
-    `frozen` is all before the first trainable parameter, `trained` the rest. Where they meet is
-    `cut`, which `freeze` sets: a transformer layer, or None where only the CNN is frozen. A cache
-    is a stored `frozen`. Of what config.json says about training only the dropouts are obeyed:
-    SpecAugment and layer drop would not be the same behind a cache (our choice), and checkpointing
-    is left to --recompute.
+    `frozen` is all before `cut`, `trained` the rest. `cut` is a transformer layer, or None where only
+    the CNN is frozen: where the first trainable parameter is (`freeze` sets it), or, with a cache
+    of more layers, before that. A cache is a stored `frozen`. Of what config.json says about
+    training only the dropouts are obeyed: SpecAugment and layer drop would not be the same behind a
+    cache (our choice), and checkpointing is left to --recompute.
     """
 
     def __init__(self, encoder, attributes=("activation", "valence"), dropout=0.2, padding="paper"):
@@ -73,8 +76,8 @@ class EmotionModel(nn.Module):
             encoder.set_attn_implementation("sdpa")  # which takes the mask as booleans
 
     def train(self, mode=True):
-        """Train mode for parts that hold a trainable parameter. Frozen parts stay in eval mode:
-        their output for an utterance does not change (IV-C)."""
+        """Train mode for parts that hold a trainable parameter. Frozen parts stay in eval mode, so
+        that what lies before `cut` gives an utterance the same at every epoch (IV-C)."""
         super().train(mode)
         encoder = self.encoder.encoder
         for part in (self.encoder.feature_extractor, *self.before_layers, *encoder.layers):
@@ -329,7 +332,7 @@ def read_checkpoint(path, *keys):
 
 def load_run(run, name=None):
     """A run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was
-    trained; the rest is the run's encoder, where it was then or at `name`, or it is a ValueError."""
+    trained; the rest is the run's encoder, at `name` or where it was. ValueError for another encoder."""
     path = Path(run, "best.pt")
     config, weights = read_checkpoint(path, "config", "weights")
     config["model"] = name or config["model"]
@@ -379,7 +382,7 @@ def predict(args):
     columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
     if model.padding == "paper":
         print(
-            "note: trained in padded batches, this run may score files alone otherwise",
+            "note: this run was trained in padded batches; files alone may score otherwise",
             file=sys.stderr,
         )
     sys.stdout.reconfigure(errors="surrogateescape")  # names need not be valid UTF-8

@@ -8,8 +8,8 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
 depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
---resume continues after the last epoch. In comments: B batch (b of it, a chunk), S samples, T frames,
-D width, A attributes.
+--resume continues after the last finished epoch. In comments: B batch (b of it, a chunk), S samples, T frames,
+C channels, D width, A attributes.
 """
 
 import argparse
@@ -131,13 +131,14 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         predictions = gather(predictions, mine, len(rows))
         targets = dataset.targets[rows].to(args.device, non_blocking=True)
         loss = ccc_loss(predictions, targets)  # in float32, over the whole batch
+        scaled = scaler.scale(loss)
         if loss.requires_grad:  # not where all of the batch is other processes'
-            scaler.scale(loss).backward()
+            scaled.backward()
         sum_gradients(optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # here, as it waits for the step, which by now is all queued
+        losses.append(loss.item())  # last, as it waits for the GPU
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if not loss.isfinite():
             names = " ".join(dataset.utterances[i].name for i in rows)
@@ -253,6 +254,8 @@ def add_up(*tensors):
         for work in [dist.all_reduce(t, async_op=True) for t in tensors if PROCESSES > 1]:
             work.wait()
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise ConnectionError("another process has ended; see its line, above or below") from error
 
 
@@ -270,7 +273,8 @@ def gather(predictions, mine, n):
 
 
 def sum_gradients(optimizer):
-    """Sum every gradient over processes; before scaler.step, so that all find the same infinities."""
+    """Sum every gradient over processes, none being zero; before scaler.step, so that all find the
+    same infinities."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -299,8 +303,8 @@ def find_best(history):
 
 
 def save_epoch(args, config, history, model, optimizer=None, scaler=None):
-    """last.pt, all that the next epoch depends on. Then what follows from it, and only that where
-    it is written already: metrics.jsonl, and best.pt if the last epoch is the best."""
+    """last.pt, all that the next epoch depends on; then metrics.jsonl, and best.pt if the last epoch
+    is the best. Without `optimizer`, in `resume`, last.pt is there already."""
     if RANK > 0:
         return
     run = {"config": config, "weights": models.trainable(model)}
@@ -327,7 +331,7 @@ def resume(args, config, model, optimizer, scaler):
     models.load_trainable(model, weights)
     optimizer.load_state_dict(states[0])
     scaler.load_state_dict(states[1])
-    save_epoch(args, config, history, model)  # which the process may have ended before
+    save_epoch(args, config, history, model)  # as the process may have ended after last.pt
     add_up(torch.zeros(1, device=args.device))
     found, epoch = models.read_checkpoint(best, "config", "epoch")
     check_same(best, found | {"epoch": epoch}, config | {"epoch": find_best(history)["epoch"]})

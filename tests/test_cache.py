@@ -1,6 +1,7 @@
 """A cached run against the uncached one with the same parts frozen; what is on disk; the refusal of
 foreign caches."""
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,3 +206,21 @@ def test_equal_frames_draw_the_same_dropout():
         dataset = type("Lengths", (list,), {"lengths": lengths})(range(4))
         orders.append([train.make_batches(dataset, model, args, epoch) for epoch in range(1, 9)])
     assert orders[0] == orders[1] and model.frames(5100) == model.frames(5000)
+
+
+def test_a_shard_of_another_process_is_filled_again(fill, cached, tmp_path, monkeypatch):
+    """A deleted shard of the second process comes back, whoever fills it, and nothing stale is read:
+    each index lists its own process's shards only."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        fill(tmp_path, "--layers", 3, "--dtype", "float32")
+    (tmp_path / "shard-1-00000.pt").unlink()
+    entries = json.loads((tmp_path / "index.json").read_text())["utterances"].values()
+    assert {shard for shard, *_ in entries} == {"shard-00000.pt"}
+    monkeypatch.setenv("RANK", "1")
+    fill(tmp_path, "--layers", 3, "--dtype", "float32", "--splits", "Test1")
+    fill(tmp_path, "--layers", 3, "--dtype", "float32")
+    merged, alone = read_all(tmp_path), read_all(cached(3))
+    assert merged.keys() == alone.keys()
+    assert all(torch.equal(merged[name], alone[name]) for name in alone)
