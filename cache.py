@@ -1,17 +1,17 @@
 """A disk cache of the frozen half's output (section IV-C): filled once, read by every run that
 freezes as much.
 
-Everything above `parse_args` stands alone: copy it. As a command, which imports data.py and model.py:
+Everything above `parse_args` stands alone: copy it. As a command, with data.py and model.py:
 
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # to train the last 3
+    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # fill
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3 --verify    # read all back
     torchrun --nproc-per-node 4 cache.py --data MSP-Podcast --layers 3 --out cache/last-3
 
 A folder holds shard-00000.pt …: hidden states before a transformer layer, packed without padding,
 each utterance computed alone, in float32, so one cache serves both paddings; and index.json: what
 they were made from, in how many seconds, and of each utterance its shard, offset, frames, checksum
-and audio file's state. The same command continues an interrupted fill. Process r > 0 of several writes files of its
-own (index-r.json, shard-r-00000.pt …) and talks to none; readers merge the indices.
+and audio file's state. The same command continues an interrupted fill. Process r > 0 of several
+writes files of its own (index-r.json, shard-r-00000.pt …) and talks to none; readers merge indices.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def read_index(folder, wanted):
 
 def checksum(index, name, hidden):
     """CRC-32 of what a cache was made from, an utterance's name and its hidden states (T, D).
-    Checked at every read, it finds damaged shards, swapped entries, wrong offsets and wrong claims."""
+    Checked at every read, it finds damage, swapped entries, wrong offsets and wrong claims."""
     start = json.dumps([index["fingerprint"], name], sort_keys=True)
     return zlib.crc32(hidden.numpy(), zlib.crc32(start.encode()))
 
@@ -219,7 +219,7 @@ def fill(folder, index, utterances, encode, process=0):
 
 
 def verify(folder, index, utterances):
-    """Every defect of a cache, as lines: what cannot be read back, what is lacking or was changed."""
+    """Every defect of a cache, as lines: what cannot be read, is lacking or was changed."""
     defects, opened, entries = [], {}, index["utterances"]
     for name in entries:
         try:

@@ -47,9 +47,9 @@ class EmotionModel(nn.Module):
                      are zero before the positional convolution, masked in attention and not in the
                      mean: batched = alone.
 
-    `frozen` is all before `cut`, `trained` the rest. `cut` is a transformer layer, or None where only
-    the CNN is frozen: where the first trainable parameter is (`freeze` sets it), or, with a cache
-    of more layers, before that. A cache is a stored `frozen`. Of what config.json says about
+    `frozen` is all before `cut`, `trained` the rest. `cut` is a transformer layer, or None where
+    only the CNN is frozen: where the first trainable parameter is (`freeze` sets it), or, with a
+    cache of more layers, before that. A cache is a stored `frozen`. Of what config.json says about
     training only the dropouts are obeyed: SpecAugment and layer drop would not be the same behind a
     cache (our choice), and checkpointing is left to --recompute.
     """
@@ -108,8 +108,8 @@ class EmotionModel(nn.Module):
         return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
 
     def embed(self, features, mask):
-        """Projection, positional convolution and, in base models, LayerNorm: (B, T, C) -> (B, T, D),
-        the hidden states before layer 0."""
+        """Projection, positional convolution and, in base models, LayerNorm: (B, T, C) -> hidden
+        states before layer 0 (B, T, D)."""
         encoder = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features))
         if mask is not None:
@@ -182,8 +182,8 @@ def wavlm_attention(attention, hidden, mask, position_bias):
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B: rank 8,
-    alpha 16, dropout .1). A, lora_a (rank, in), starts random; B, lora_b (out, rank), at zero: until
-    the first step the output is the base's."""
+    alpha 16, dropout .1). A, lora_a (rank, in), starts random, B, lora_b (out, rank), at zero:
+    until the first step the output is the base's."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
@@ -332,7 +332,7 @@ def read_checkpoint(path, *keys):
 
 def load_run(run, name=None):
     """A run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was
-    trained; the rest is the run's encoder, at `name` or where it was. ValueError for another encoder."""
+    trained; the rest is the run's encoder, at `name` or where it was. ValueError for another."""
     path = Path(run, "best.pt")
     config, weights = read_checkpoint(path, "config", "weights")
     config["model"] = name or config["model"]

@@ -1,6 +1,6 @@
 """Finetune a speech encoder to predict emotion: one run is one row and one seed of Table I.
 
-    python train.py --demo                                     # everything once, on synthetic speech
+    python train.py --demo                                     # all, once, on synthetic speech
     python train.py --data MSP-Podcast --out runs/partial3     # last 3 layers, mixed precision
     python train.py --data MSP-Podcast --out runs/cached3 --cache cache/last-3    # from a cache
     python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
@@ -8,8 +8,8 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
 depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
---resume continues after the last finished epoch. In comments: B batch (b of it, a chunk), S samples, T frames,
-C channels, D width, A attributes.
+--resume continues after the last finished epoch. In comments: B batch (b of it, a chunk), S
+samples, T frames, C channels, D width, A attributes.
 """
 
 import argparse
@@ -150,8 +150,8 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
 
 
 def predict(model, chunks, device, cached=False, recompute=False):
-    """Predictions (B, A) float32 of a batch in chunks, each of them inputs (b, S) or, cached, hidden
-    states (b, T, D), and their lengths, b ints, on the CPU.
+    """Predictions (B, A) float32 of a batch in chunks, each of them inputs (b, S) or, cached,
+    hidden states (b, T, D), and their lengths, b ints, on the CPU.
 
     The CCC of a batch is no sum over its utterances, but has sums over all of it in numerator and
     denominator (see ccc.ccc_loss). So a batch is not split for the loss: its chunks, each padded to
@@ -201,9 +201,9 @@ def autocast(args):
 
 def make_batches(dataset, model, args, epoch=None):
     """[(rows, chunks)]: the dataset's indices of each batch, from short to long, and what of them
-    this process predicts (see `deal`): in evaluation, which is without `epoch`, all. Training shuffles
-    by seed and epoch; evaluation keeps corpus order or, where padding changes nothing, goes from
-    short to long. Lengths are in frames, as a cached run, which knows no samples, should draw the
+    this process predicts (see `deal`): in evaluation, which is without `epoch`, all. Training
+    shuffles by seed and epoch; evaluation keeps corpus order or, where padding changes nothing,
+    goes from short to long. Lengths are in frames, as a cached run, which knows no samples, should draw the
     same dropout for an utterance."""
     frames = dataset.lengths if args.cached else [model.frames(n) for n in dataset.lengths]
     order, size = list(range(len(dataset))), args.batch_size
@@ -221,7 +221,7 @@ def make_batches(dataset, model, args, epoch=None):
 
 
 def deal(n, chunk, rank=0, processes=1):
-    """What a process predicts of a batch of n, sorted from short to long: [(positions, all positions
+    """What a process predicts of a batch of n, sorted from short to long: [(positions, all those
     of their chunk)]. Chunks are dealt there and back (0 1 2 2 1 0), so that nobody waits long for
     the longest; where there are fewer chunks than processes, utterances are."""
     turns = [*range(processes), *reversed(range(processes))]
@@ -303,8 +303,8 @@ def find_best(history):
 
 
 def save_epoch(args, config, history, model, optimizer=None, scaler=None):
-    """last.pt, all that the next epoch depends on; then metrics.jsonl, and best.pt if the last epoch
-    is the best. Without `optimizer`, in `resume`, last.pt is there already."""
+    """last.pt, all that the next epoch depends on; then metrics.jsonl, and best.pt if the last
+    epoch is the best. Without `optimizer`, in `resume`, last.pt is there already."""
     if RANK > 0:
         return
     run = {"config": config, "weights": models.trainable(model)}
