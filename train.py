@@ -203,8 +203,8 @@ def make_batches(dataset, model, args, epoch=None):
     """[(rows, chunks)]: the dataset's indices of each batch, from short to long, and what of them
     this process predicts (see `deal`): in evaluation, which is without `epoch`, all. Training
     shuffles by seed and epoch; evaluation keeps corpus order or, where padding changes nothing,
-    goes from short to long. Lengths are in frames, as a cached run, which knows no samples, should draw the
-    same dropout for an utterance."""
+    goes from short to long. Lengths are in frames, so that a cached run, which knows no samples,
+    draws the same dropout for an utterance."""
     frames = dataset.lengths if args.cached else [model.frames(n) for n in dataset.lengths]
     order, size = list(range(len(dataset))), args.batch_size
     if epoch is not None:
