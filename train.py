@@ -440,11 +440,7 @@ def demo(folder):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument_group("what to run").add_argument
-    add(
-        "--demo",
-        action="store_true",
-        help="everything once, on synthetic speech, in demo/ or --out",
-    )
+    add("--demo", action="store_true", help="all once, on synthetic speech, in demo/ or --out")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
@@ -458,12 +454,7 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     names = "full", "partial", "lora"
-    add(
-        "--method",
-        choices=names,
-        default="partial",
-        help="all, the last layers, adapters (partial)",
-    )
+    add("--method", choices=names, default="partial", help="all layers, last, adapters (partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
     add("--rank", type=int, help="lora: rows of A (8)")
     add("--alpha", type=float, help="lora: its output is scaled by alpha / rank (16)")
@@ -474,17 +465,12 @@ def parse_args(argv):
     add("--cache", help="train from this cache of cache.py (IV-C)")
     add("--freeze-prefix", action="store_true", help="partial: freeze all that a cache freezes")
     names = "paper", "exact"
-    add(
-        "--padding",
-        choices=names,
-        default="paper",
-        help="exact: no prediction depends on its batch",
-    )
+    add("--padding", choices=names, default="paper", help="exact: predictions as if alone (paper)")
     add("--chunk", type=int, help="utterances a pass, for less padding; one loss over all")
     add(
         "--recompute",
         action="store_true",
-        help="keep one chunk's activations, compute them twice (II-D)",
+        help="compute activations twice, keep one chunk's (II-D)",
     )
     add = parser.add_argument_group("training (section IV-D)").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")
