@@ -241,12 +241,8 @@ def parse_args(argv):
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
     add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
     add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
-    add(
-        "--splits",
-        nargs="+",
-        default=["Train", "Development", "Test1"],
-        help="to cache (Train Development Test1)",
-    )
+    splits = ["Train", "Development", "Test1"]
+    add("--splits", nargs="+", default=splits, help="to cache (Train Development Test1)")
     add("--verify", action="store_true", help="read all back and compare it with its checksums")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")

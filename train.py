@@ -273,7 +273,7 @@ def gather(predictions, mine, n):
 
 
 def sum_gradients(optimizer):
-    """Sum every gradient over processes, none being zero; before scaler.step, so that all find the
+    """Sum every gradient over processes, None as zeros; before scaler.step, so that all find the
     same infinities."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
@@ -467,11 +467,7 @@ def parse_args(argv):
     names = "paper", "exact"
     add("--padding", choices=names, default="paper", help="exact: predictions as if alone (paper)")
     add("--chunk", type=int, help="utterances a pass, for less padding; one loss over all")
-    add(
-        "--recompute",
-        action="store_true",
-        help="compute activations twice, keep one chunk's (II-D)",
-    )
+    add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D)").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")
     add("--batch-size", type=int, default=32, help="utterances in the loss, of all processes (32)")
