@@ -25,17 +25,19 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-LABEL_FILES = ("[Ll]abels/labels_con[cs]ensus.csv", "[Ll]abel/labels_con[cs]ensus.csv")
-AUDIO_FOLDERS = ("[Aa]udios", "[Aa]udio")
+# the last release's name first; 1.6 to 1.9 have others
+LABEL_FILES = ["Labels/labels_consensus.csv", "labels/labels_consensus.csv"]
+LABEL_FILES += ["Labels/labels_concensus.csv", "labels/labels_concensus.csv"]
+LABEL_FILES += ["label/labels_concensus.csv"]
+AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
 PAPER = ("activation", "valence")  # the attributes that the paper predicts
 SPLITS = ("Train", "Development", "Test1", "Test2", "Test3")
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # 1.6 and 1.8
-UNLABELLED = "Test3"  # its labels are withheld
+UNLABELLED = SPLITS[-1]  # its labels are withheld
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc")
-AUDIO_SUFFIXES += (".au", ".snd", ".caf", ".w64", ".rf64", ".voc", ".sph")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 
 
 class Utterance(NamedTuple):
@@ -53,13 +55,12 @@ class Problem(NamedTuple):
     split: str  # "" where the split is what is wrong
 
 
-def find(root, patterns):
-    """Path of the last match of some patterns under `root` (1.6 has label, 1.9 concensus)."""
-    matches = [str(path) for pattern in patterns for path in Path(root).glob(pattern)]
-    if not matches:
-        names = " or ".join(patterns).replace("[Ll]", "L").replace("[Aa]", "A").replace("[cs]", "s")
-        raise FileNotFoundError(f"{root} is no corpus: it has no {names}")
-    return max(matches)
+def find(root, names):
+    """Path of the first of some names that is under `root`."""
+    for name in names:
+        if os.path.exists(os.path.join(root, name)):
+            return os.path.join(root, name)
+    raise FileNotFoundError(f"{root} is no corpus: it has no {names[0]}")
 
 
 def unit_label(cell):
@@ -107,7 +108,7 @@ def read_audio(path, sample_rate=16000, header_only=False):
     damaged block, and are decoded. Their count is given: those of GSM and ADPCM cannot seek."""
     wave = None
     try:  # as bytes, because soundfile encodes text strictly and a name may not be UTF-8
-        with soundfile.SoundFile(path if os.name == "nt" else os.fsencode(path)) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             samples, rate, notes = file.frames, file.samplerate, file.extra_info
             if samples * sample_rate < MIN_SAMPLES * rate:
                 raise ValueError(f"{path}: shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms")
@@ -128,26 +129,27 @@ def read_audio(path, sample_rate=16000, header_only=False):
     return wave, samples, rate
 
 
-def inspect_audio(path, sample_rate=16000):
-    """(S, its own rate) of an audio file, its header read. ValueError as of `read_audio`."""
-    return read_audio(path, sample_rate, header_only=True)[1:]
-
-
 def check_audio(utterances, sample_rate=16000):
     """Inspect every file -> ([Utterance with samples], [Problem])."""
     good, problems = [], []
     for u in utterances:
         try:
-            samples, rate = inspect_audio(u.path, sample_rate)
+            _, samples, rate = read_audio(u.path, sample_rate, header_only=True)
             good.append(u._replace(samples=math.ceil(samples * sample_rate / rate)))
         except ValueError as error:
             problems.append(Problem(str(error).removeprefix(f"{u.path}: "), u.name, u.split))
     return good, problems
 
 
-def select(utterances, problems, splits, skip_bad=False):
-    """The utterances of some splits. ValueError, or with `skip_bad` a line, if any are unusable."""
-    bad = [p for p in problems if p.split in (*splits, "")]
+def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=False, inspect=True):
+    """The usable utterances of some splits of a corpus, their audio inspected if `inspect`.
+    ValueError, or with `skip_bad` a line, if any are unusable."""
+    utterances, bad = read_corpus(root, attributes)
+    utterances = [u for u in utterances if u.split in splits]
+    bad = [problem for problem in bad if problem.split in (*splits, "")]
+    if inspect:
+        utterances, more = check_audio(utterances, sample_rate)
+        bad += more
     if bad:
         counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in bad).most_common())
         text = f"{len(bad)} utterances cannot be used: {counts} (first: {bad[0].where})"
@@ -157,16 +159,7 @@ def select(utterances, problems, splits, skip_bad=False):
     for split in splits:
         if (n := sum(u.split == split for u in utterances)) < 2:
             raise ValueError(f"split {split} has {n} usable utterances; CCC needs 2 (see --splits)")
-    return [u for u in utterances if u.split in splits]
-
-
-def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=False, inspect=True):
-    """The usable utterances of some splits of a corpus, their audio inspected if `inspect`."""
-    utterances, problems = read_corpus(root, attributes)
-    if inspect:
-        utterances, more = check_audio([u for u in utterances if u.split in splits], sample_rate)
-        problems += more
-    return select(utterances, problems, splits, skip_bad)
+    return utterances
 
 
 def load_audio(path, sample_rate=16000):
@@ -182,7 +175,7 @@ def normalise(wave):
 
 
 class SpeechDataset(Dataset):
-    """Item i: waveform (S,), target (A,) 0 to 1, float32. ValueError if a file's length changed."""
+    """Item i: waveform (S,), target (A,) 0 to 1, float32."""
 
     def __init__(self, utterances, sample_rate=16000, normalise=True):
         self.utterances, self.sample_rate, self.normalise = utterances, sample_rate, normalise
@@ -193,10 +186,7 @@ class SpeechDataset(Dataset):
         return len(self.utterances)
 
     def __getitem__(self, i):
-        path, length = self.utterances[i].path, self.lengths[i]
-        wave = load_audio(path, self.sample_rate)
-        if len(wave) != length > 0:
-            raise ValueError(f"{path}: {len(wave)} samples, not {length}: changed since inspected")
+        wave = load_audio(self.utterances[i].path, self.sample_rate)
         return torch.from_numpy(normalise(wave) if self.normalise else wave), self.targets[i]
 
 
@@ -214,16 +204,14 @@ def read_ahead(load, items, workers):
     if workers < 1:
         yield from map(load, items)
         return
-    pool, futures = ThreadPoolExecutor(workers), deque()
-    try:
+    futures = deque()
+    with ThreadPoolExecutor(workers) as pool:
         for item in items:
             futures.append(pool.submit(load, item))
             if len(futures) > 2 * workers:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
-    finally:  # also where the consumer leaves early
-        pool.shutdown(cancel_futures=True)
 
 
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
@@ -231,9 +219,9 @@ SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utte
 
 
 def synthesize(activation, valence, voice, rng, sample_rate=16000):
-    """Speech-like sound (S,) from a source-filter model of a voice (f0 in Hz, formant scale).
-    Activation, 0 to 1, raises pitch and syllable rate and flattens the spectral tilt; valence
-    raises the formants, as a smile does, widens intonation, shortens pauses and lessens breath."""
+    """Speech-like sound (S,) of a voice (f0 in Hz, formant scale), by source and filter. Activation,
+    0 to 1, raises pitch and syllable rate and flattens the spectral tilt; valence raises formants,
+    as a smile does, widens intonation, shortens pauses and lessens breath."""
     f0, tract = voice
     syllables = []
     for _ in range(rng.integers(4, 7)):
@@ -291,15 +279,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus, or write the synthetic one.")
     parser.add_argument("root", help="folder with Audios/ and Labels/")
     parser.add_argument("--demo", action="store_true", help="write a synthetic corpus and encoder")
-    parser.add_argument(
-        "--attributes", nargs="+", choices=ATTRIBUTES, default=PAPER, help="whose labels to check"
-    )
     args = parser.parse_args(argv)
     if args.demo:
         write_demo(args.root)
         write_encoder(Path(args.root, "encoder"))
         return print(f"wrote {args.root} and {args.root}/encoder")
-    utterances, problems = read_corpus(args.root, args.attributes)
+    utterances, problems = read_corpus(args.root)
     good, more = check_audio(utterances)
     problems += more
     for split in SPLITS:
@@ -307,9 +292,7 @@ def main(argv=None):
         if part:
             hours = sum(u.samples for u in part) / 16000 / 3600
             speakers = len({u.speaker for u in part} - {"Unknown"})
-            labels = 1 + 6 * np.mean([u.labels for u in part], axis=0)  # (A,), 1 to 7
-            mean = ", ".join(f"{a} {x:.2f}" for a, x in zip(args.attributes, labels, strict=True))
-            print(f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h {mean}")
+            print(f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h")
         elif split in SPLITS[:3]:
             problems.append(Problem("empty split", "no usable utterance", split))
     for problem in sorted(problems):

@@ -1,7 +1,6 @@
 """A speech encoder with a head that predicts emotion, as `trained(frozen(x))`: freezing, LoRA, two
-kinds of padding, loading and saving (section IV).
-
-Everything above `find_audio` stands alone: copy it. As a command:
+kinds of padding, loading and saving (section IV). Everything above `predict` stands alone: copy it.
+As a command:
 
     python model.py predict RUN clip.wav folder/ --csv predictions.csv    # imports data.py
     python model.py export RUN OUT    # a folder that Hugging Face loads
@@ -14,9 +13,10 @@ import csv
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
-from contextlib import nullcontext
+from glob import glob
 from pathlib import Path
 from types import MethodType
 
@@ -27,14 +27,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-KERNELS, STRIDES = (
-    [10, 3, 3, 3, 3, 2, 2],
-    [5, 2, 2, 2, 2, 2, 2],
-)  # their CNN: 400 samples, every 320
 DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
 # what a config.json says, beside the shapes of the weights, that changes a number
-CONFIG = "model_type num_attention_heads layer_norm_eps hidden_act feat_extract_activation "
-CONFIG += "feat_extract_norm do_stable_layer_norm max_bucket_distance"
+SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act", *DROPOUTS]
+SETTINGS += ["feat_extract_activation", "feat_extract_norm", "do_stable_layer_norm"]
+SETTINGS += ["max_bucket_distance"]
+MODEL_ARGUMENTS = {"attributes", "dropout", "padding"}
+FREEZE_ARGUMENTS = {"method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout"}
 
 
 class EmotionModel(nn.Module):
@@ -47,11 +46,10 @@ class EmotionModel(nn.Module):
                      are zero before the positional convolution, masked in attention and not in the
                      mean: batched = alone.
 
-    `frozen` is all before `cut`, `trained` the rest. `cut` is a transformer layer, or None where
-    only the CNN is frozen: where the first trainable parameter is (`freeze` sets it), or, with a
-    cache of more layers, before that. A cache is a stored `frozen`. Of what config.json says about
-    training only the dropouts are obeyed: SpecAugment and layer drop would not be the same behind a
-    cache (our choice), and checkpointing is left to --recompute.
+    `frozen` is all before `cut`, `trained` the rest; a cache is a stored `frozen`. `cut` is the
+    transformer layer of the first trainable parameter, or None where only the CNN is frozen
+    (`freeze` sets it); with a cache of more layers it lies before that. SpecAugment, layer drop and
+    checkpointing are off, whatever config.json says (our choice: a cache could not have them).
     """
 
     def __init__(self, encoder, attributes=("activation", "valence"), dropout=0.2, padding="paper"):
@@ -59,9 +57,8 @@ class EmotionModel(nn.Module):
         if padding not in ("paper", "exact"):
             raise ValueError(f'padding is "paper" or "exact", not {padding!r}')
         self.encoder, self.attributes, self.padding = encoder, tuple(attributes), padding
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.cut = nn.Dropout(dropout), None
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
-        self.cut = None
         # base models have the encoder's LayerNorm before layer 0, large ones after the last layer
         self.norm_last = encoder.config.do_stable_layer_norm
         norm = [] if self.norm_last else [encoder.encoder.layer_norm]
@@ -86,8 +83,9 @@ class EmotionModel(nn.Module):
         return self
 
     def frames(self, samples):
-        """Frames that the CNN makes of a number of samples, both int; not samples // 320."""
-        for kernel, stride in zip(KERNELS, STRIDES, strict=True):
+        """Frames that the CNN makes of a number of samples, both int: one of 400 every 320."""
+        config = self.encoder.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
@@ -210,10 +208,10 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
     """Choose what is trained, by requires_grad, and set `model.cut`. The head always is, the CNN
     never (section IV-A). ValueError for another method, or where `layers` does not fit.
 
-    method  "full": all transformer layers and what lies between the CNN and layer 0;
-            "partial": the last `layers` transformer layers and, as the paper's parameter counts
-            say, what lies between the CNN and layer 0, unless `freeze_prefix`, which a cache needs;
-            "lora": adapters on q and v of the last `layers` layers (None: all), the rest frozen.
+    "full": all transformer layers and what lies between the CNN and layer 0.
+    "partial": the last `layers` transformer layers and, as the paper's parameter counts say, what
+        lies between the CNN and layer 0, unless `freeze_prefix`, which a cache needs.
+    "lora": adapters on q and v of the last `layers` layers (None: all), the rest frozen.
     """
     encoder = model.encoder.encoder
     depth = len(encoder.layers)
@@ -252,9 +250,8 @@ def from_pretrained(auto, name, **options):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign or damaged folder makes of the reader
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if "connect" in reason:
-            reason += " Without network, give the folder of a downloaded checkpoint: --model FOLDER"
-        raise OSError(f"cannot load {name}: {reason}") from error
+        hint = " Without network, give a downloaded folder." if "connect" in reason else ""
+        raise OSError(f"cannot load {name}: {reason}{hint}") from error
 
 
 def load_encoder(name):
@@ -262,20 +259,17 @@ def load_encoder(name):
     own preprocessor). ValueError for what no row can be trained from, OSError if nothing loads."""
     config = from_pretrained(transformers.AutoConfig, name)
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
-    cnn = [list(getattr(config, key, ())) for key in ("conv_kernel", "conv_stride")]
-    if config.model_type not in FAMILIES or odd or cnn != [KERNELS, STRIDES]:
-        odd += ["another CNN"] * (cnn != [KERNELS, STRIDES])
-        what = f"{config.model_type} {' '.join(odd)}".strip()
-        raise ValueError(f"{name}: {what} is not supported; {', '.join(FAMILIES)} are")
+    if odd or config.model_type not in FAMILIES:
+        what, families = " ".join([config.model_type, *odd]), ", ".join(FAMILIES)
+        raise ValueError(f"{name}: {what} is not supported; {families} are")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     encoder, report = from_pretrained(transformers.AutoModel, name, **options)
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     lacking -= {"masked_spec_embed"}  # SpecAugment's, which nothing here uses
     if lacking:
         raise ValueError(f"{name}: {len(lacking)} weights missing or misshapen: {min(lacking)}, …")
-    for key, tensor in encoder.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: NaN or infinity in {key}")
+    if broken := [key for key, x in encoder.state_dict().items() if not x.isfinite().all()]:
+        raise ValueError(f"{name}: NaN or infinity in {broken[0]}")
     audio = from_pretrained(transformers.AutoFeatureExtractor, name)
     if not audio.sampling_rate:
         raise ValueError(f"{name}: preprocessor_config.json lacks sampling_rate")
@@ -286,15 +280,14 @@ def describe(encoder, audio):
     """One line: what was loaded."""
     config, size = encoder.config, sum(p.numel() for p in encoder.parameters())
     shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {size:,} parameters"
-    sound = f"{audio['sample_rate']} Hz, {'' if audio['normalise'] else 'not '}normalised"
-    dropouts = ", ".join(f"{key} {getattr(config, key)}" for key in DROPOUTS)
-    return f"{config.model_type}: {shape}, {sound}, {dropouts}"
+    settings = audio | {key: getattr(config, key) for key in DROPOUTS}
+    return f"{config.model_type}: {shape}, {settings}"
 
 
 def identity(encoder):
     """SHA-256 of all that an encoder's numbers come from: its weights and its configuration."""
-    settings = {k: getattr(encoder.config, k, None) for k in [*CONFIG.split(), *DROPOUTS]}
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    settings = json.dumps([getattr(encoder.config, key, None) for key in SETTINGS])
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
             digest.update(name.encode())
@@ -302,19 +295,18 @@ def identity(encoder):
     return digest.hexdigest()
 
 
-def build(settings):
-    """{"model": for load_encoder, and the arguments of EmotionModel and freeze by their names} ->
-    (EmotionModel, audio settings, identity of the encoder)."""
-    encoder, audio = load_encoder(settings["model"])
-    digest = identity(encoder)
-    model = EmotionModel(encoder, *(settings[k] for k in ("attributes", "dropout", "padding")))
-    keys = ("method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout")
-    freeze(model, **{key: settings[key] for key in keys})
+def build(name, settings):
+    """load_encoder's, and of `settings` the arguments of EmotionModel and freeze -> (EmotionModel,
+    audio settings, identity of the encoder)."""
+    encoder, audio = load_encoder(name)
+    digest, given = identity(encoder), settings.keys()
+    model = EmotionModel(encoder, **{k: settings[k] for k in MODEL_ARGUMENTS & given})
+    freeze(model, **{k: settings[k] for k in FREEZE_ARGUMENTS & given})
     return model, audio, digest
 
 
 def load_trainable(model, weights):
-    """Copy saved weights into a model frozen the same way. ValueError if the names differ."""
+    """Copy saved weights into a model frozen the same way, else ValueError."""
     if trainable(model).keys() != weights.keys():
         raise ValueError("the saved weights are of another method or number of layers")
     model.load_state_dict(weights, strict=False)
@@ -326,39 +318,20 @@ def read_checkpoint(path, *keys):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return [saved[key] for key in keys]
     except Exception as error:  # whatever a foreign or damaged file makes of the reader
-        reason = f"no file, damaged, or not of this project ({type(error).__name__})"
-        raise ValueError(f"{path}: {reason}") from error
+        raise ValueError(f"{path}: no file, damaged, or not of this project") from error
 
 
 def load_run(run, name=None):
     """A run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was
-    trained; the rest is the run's encoder, at `name` or where it was. ValueError for another."""
+    trained; the rest is the run's encoder, `name` or where it was. ValueError for another."""
     path = Path(run, "best.pt")
     config, weights = read_checkpoint(path, "config", "weights")
-    config["model"] = name or config["model"]
-    model, audio, digest = build(config)
+    name = name or config["model"]
+    model, audio, digest = build(name, config)
     if digest != config["encoder"]:
-        raise ValueError(f"{path} was trained from another encoder than {config['model']} is")
+        raise ValueError(f"{path} was trained from another encoder than {name} is")
     load_trainable(model, weights)
     return model.eval(), audio
-
-
-def find_audio(paths, suffixes):
-    """{FileName: path} of audio files and of those in folders. FileName is the path as given, or,
-    of a single folder, relative to it, as in a label file. What else a folder holds is counted."""
-    files, skipped = {}, []
-    for top in map(Path, paths):
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            name = path.relative_to(top) if len(paths) == 1 and top.is_dir() else path
-            if path == top or (path.suffix.lower() in suffixes and not path.is_dir()):
-                files[str(name)] = path
-            elif path.is_symlink() or not path.is_dir():
-                skipped.append(path)
-    if skipped:
-        print(f"skipped {len(skipped)} files or linked folders: {skipped[0]}, …", file=sys.stderr)
-    if not files:
-        raise ValueError(f"{' '.join(paths)}: no audio files ({' '.join(suffixes)})")
-    return files
 
 
 @torch.no_grad()
@@ -368,39 +341,37 @@ def predict(args):
     import data  # the command's own need, not the part to copy
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a word
-    files, out = find_audio(args.audio, data.AUDIO_SUFFIXES), Path(args.csv or "-")
-    inputs = {path.resolve() for path in files.values()}
-    if out.suffix.lower() in data.AUDIO_SUFFIXES or out.resolve() in inputs:
-        raise ValueError(f"--csv {out} is audio, or named like it, and would be overwritten")
+    if args.csv and Path(args.csv).suffix != ".csv":  # not to overwrite audio by a mistyped line
+        raise ValueError(f"--csv {args.csv}: give a name that ends in .csv")
     model, audio = load_run(args.run, args.model)
-    utterances = [data.Utterance(name, str(path), "", "", ()) for name, path in files.items()]
+    found = {top: top for top in args.audio if not os.path.isdir(top)}  # {path: FileName}
+    for top in filter(os.path.isdir, args.audio):  # FileName as in a label file; links are followed
+        names = sorted(glob("**", root_dir=top, recursive=True))
+        found |= {f"{top}/{n}": n for n in names if n.lower().endswith(data.AUDIO_SUFFIXES)}
+    utterances = [data.Utterance(name, path, "", "", ()) for path, name in found.items()]
     utterances, problems = data.check_audio(utterances, audio["sample_rate"])
+    if not found:
+        raise ValueError(f"no audio files in {' '.join(args.audio)}")
     if problems:  # before --csv is touched
-        raise ValueError(f"{files[problems[0].where]}: {problems[0].kind}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
+        raise ValueError(f"{problems[0].where}: {problems[0].kind}")
     if model.padding == "paper":
-        print(
-            "note: this run was trained in padded batches; files alone may score otherwise",
-            file=sys.stderr,
-        )
-    sys.stdout.reconfigure(errors="surrogateescape")  # names need not be valid UTF-8
-    names = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with open(out, "w", **names) if args.csv else nullcontext(sys.stdout) as file:
+        print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = [data.ATTRIBUTES[attribute] for attribute in model.to(device).attributes]
+    names = {"encoding": "utf-8", "errors": "surrogateescape"}  # as files have on disk
+    with open(args.csv or 1, "w", closefd=bool(args.csv), **names) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["FileName", *columns, *(f"{column}01" for column in columns)])
-        dataset = data.SpeechDataset(utterances, **audio)
-        for utterance, (wave, _) in zip(utterances, dataset, strict=False):
+        for u, (wave, _) in zip(utterances, data.SpeechDataset(utterances, **audio), strict=False):
             unit = model(wave[None].to(device), [len(wave)])[0].tolist()
             scaled = [f"{1 + 6 * x:.4f}" for x in unit]
-            writer.writerow([utterance.name, *scaled, *(f"{x:z.6f}" for x in unit)])
+            writer.writerow([u.name, *scaled, *(f"{x:z.6f}" for x in unit)])
             file.flush()
 
 
 def export(args):
-    """Save a run as Hugging Face's sequence classification model of its family, whose projector is
-    the identity here and whose logits are on the scale 0 to 1. LoRA is merged."""
+    """Save a run as Hugging Face's sequence classification model of its family, with the identity
+    as projector and logits on the scale 0 to 1. LoRA is merged."""
     model, audio = load_run(args.run, args.model)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} exists and is not empty; give a new folder")
@@ -428,41 +399,35 @@ def params(args):
     config = transformers.Wav2Vec2Config()  # wav2vec2-base's shapes
     if args.model:
         config = from_pretrained(transformers.AutoConfig, args.model)
-    depth = config.num_hidden_layers
-    rows = [("full", depth, False)]
-    rows += [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1) if n <= depth]
-    rows += [("lora", depth, False)]
-    print(f"{'method':8} {'layers':>6} {'prefix':>8} {'trainable':>12} {'of encoder':>10}")
-    for method, layers, frozen in rows:
+    rows = [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1)]
+    for method, layers, frozen in [("full", None, False), *rows, ("lora", None, True)]:
         with torch.device("meta"):  # shapes only, no memory
             model = EmotionModel(transformers.AutoModel.from_config(config))
             total = sum(p.numel() for p in model.encoder.parameters())
             freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
-        prefix = "frozen" if frozen or method == "lora" else "trained"
-        print(f"{method:8} {layers:6} {prefix:>8} {count:12,} {count / total:10.1%}")
+        prefix = "prefix frozen" if frozen else ""
+        print(
+            f"{method:8}{layers or 'all':>4}{count:13,} {count / total:6.1%} of encoder  {prefix}"
+        )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
-    commands = parser.add_subparsers(required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("run", help="a run folder of train.py")
-    shared.add_argument("--model", help="where the run's encoder is, if no longer where it was")
-    command = commands.add_parser(
-        "predict", parents=[shared], help="CSV of each file, alone: scale 1 to 7, and 0 to 1"
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("predict", help="CSV of each file, alone: 1 to 7, and 0 to 1")
+    command.add_argument("run", help="a run folder of train.py")
     command.add_argument("audio", nargs="+", help="audio files, and folders of them")
     command.add_argument("--csv", help="write here instead of the terminal")
-    command.set_defaults(function=predict)
-    command = commands.add_parser("export", parents=[shared], help="write a Hugging Face folder")
+    command.add_argument("--model", help="the run's encoder, if no longer where it was")
+    command = commands.add_parser("export", help="write a Hugging Face folder")
+    command.add_argument("run", help="a run folder of train.py")
     command.add_argument("out", help="a new folder")
-    command.set_defaults(function=export)
+    command.add_argument("--model", help="the run's encoder, if no longer where it was")
     command = commands.add_parser("params", help="count what each row of Table I trains")
-    command.add_argument("--model", help="hub id or folder of another encoder than wav2vec2-base")
-    command.set_defaults(function=params)
+    command.add_argument("--model", help="another encoder than wav2vec2-base")
     args = parser.parse_args(argv)
-    args.function(args)
+    {"predict": predict, "export": export, "params": params}[args.command](args)
 
 
 if __name__ == "__main__":

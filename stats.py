@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import sys
+from glob import escape, glob
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,31 +23,29 @@ from scipy import stats
 # Runs that agree in all of ROW are seeds of one row; the rows of one table agree in all of SAME.
 ROW = ["method", "layers", "precision", "padding", "cached", "cache_layer", "cache_dtype"]
 ROW += ["freeze_prefix", "chunk", "recompute", "processes", "rank", "alpha", "lora_dropout"]
+LEVEL = 0.05  # of significance (section V)
 SAME = ["epochs", "batch_size", "lr", "dropout", "attributes", "splits", "encoder", "corpus"]
 LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "%": r"\%", "_": r"\_"}
 LATEX = str.maketrans(LATEX | {"✓": r"$\surd$", "✗": r"$\times$"})
 
 
 def find_runs(tops):
-    """Folders of runs under `tops`. Links are followed; a folder reached twice counts once."""
-    seen = set()
+    """Folders of runs under `tops`, each once. Links are followed."""
+    found = set()
     for top in tops:
-        if not Path(top).is_dir():
+        if not os.path.isdir(top):
             raise ValueError(f"{top}: no such folder")
-        for folder, subfolders, _ in os.walk(top, followlinks=True):
-            config = Path(folder, "config.json")
-            if os.path.realpath(folder) in seen:  # linked or given twice, or a loop of links
-                subfolders.clear()
+        for path in map(Path, glob(f"{escape(top)}/**/config.json", recursive=True)):
             # Hugging Face folders hold a config.json, too; a run's names its method and its seed
-            elif config.exists() and {"method", "seed"} <= json.loads(config.read_text()).keys():
-                yield config.parent
-            seen.add(os.path.realpath(folder))
+            if {"method", "seed"} <= json.loads(path.read_text()).keys():
+                found.add(path.resolve().parent)
+    return sorted(found)
 
 
 def read_runs(tops):
     """Every result.json under `tops`, and beside its keys what the tables need in hours and GB."""
     runs = []
-    for folder in sorted(find_runs(tops)):
+    for folder in find_runs(tops):
         path = folder / "result.json"
         if not path.exists():
             raise ValueError(f"{folder}: unfinished; give its train.py line again, with --resume")
@@ -55,12 +54,11 @@ def read_runs(tops):
             cache = run["cache"] or {"layer": None, "dtype": None}
             run |= {"cache_layer": cache["layer"], "cache_dtype": cache["dtype"]}
             run["peak_gb"] = run["peak_memory_bytes"] / 1e9
-            run["card_gb"] = (run["device_memory_bytes"] or 0) / 1e9
+            run["card_gb"] = run["device_memory_bytes"] / 1e9
             if not run["out_of_memory"]:
                 run |= {task: run["test"][task] for task in run["attributes"]}
-                run["train_hours"] = run["train_seconds"] / 3600
-                run["eval_hours"] = run["eval_seconds"] / 3600
-                run["fill_hours"] = run["cache_fill"]["seconds"] / 3600 if run["cached"] else 0.0
+                for key in ("train", "eval", "fill"):
+                    run[f"{key}_hours"] = (run[f"{key}_seconds"] or 0) / 3600
             for key in (*ROW, *SAME, "seed", "device", "trainable_parameters"):
                 run[key]  # if missing, then refused here
         except KeyError as error:
@@ -117,7 +115,7 @@ def find_other(row, rows, twin):
     return min(found, key=lambda r: [r[key] != row[key] for key in rest], default=None)
 
 
-def mark_rows(rows, task, args):
+def mark_rows(rows, task):
     """Section V for one task: fills row["marks"]; returns the tests, {column: text} each."""
     pairs = [(row, find_other(row, rows, row["cached"])) for row in rows]
     pairs = [(row, other) for row, other in pairs if other and other is not row]
@@ -127,17 +125,13 @@ def mark_rows(rows, task, args):
         p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
         tests = [{"row": "all uncached", "task": task, "against": "ANOVA", "p": f"{p_anova:.3g}"}]
     for row, other in pairs:
-        if args.paired and row["seeds"] != other["seeds"]:
-            raise ValueError(f"--paired: {row['name']} and {other['name']} differ in their seeds")
         a, b = row[task] - other[task][0], other[task] - other[task][0]  # zeros, if none varies
-        difference = a.mean() - b.mean()
-        equal = not args.welch  # variances
-        test = stats.ttest_rel(a, b) if args.paired else stats.ttest_ind(a, b, equal_var=equal)
+        difference, test = a.mean() - b.mean(), stats.ttest_ind(a, b)
         low, high = np.nan_to_num(test.confidence_interval(0.95), nan=difference)
         p = np.nan_to_num(test.pvalue, nan=1.0)  # NaN: no spread and no difference
         corrected = p if row["cached"] else min(1, p * factor)  # Bonferroni
         mark = "NS" if row["cached"] else ""
-        if corrected < args.alpha and (row["cached"] or p_anova < args.alpha):
+        if corrected < LEVEL and (row["cached"] or p_anova < LEVEL):
             mark = "†" if difference < 0 else "‡"
         row["marks"][task] = mark
         test = {"row": row["name"], "task": task, "against": other["name"], "p": f"{p:.3g}"}
@@ -231,19 +225,8 @@ def plot(rows, tasks, path):
     figure.savefig(path, dpi=100)
 
 
-def is_done(path, words, processes):
-    """Whether `path` is the result of this train.py line, with all of its arguments."""
-    if not path.exists() or (result := json.loads(path.read_text()))["out_of_memory"]:
-        return False
-    import train  # here: the tables need no PyTorch
-
-    asked = vars(train.parse_args(words)) | {"processes": processes}
-    asked["layers"] = asked["layers"] or result["layers"]  # None: all, which the encoder counts
-    return all(result[key] == asked[key] for key in (*ROW, *SAME, "seed") if key in asked)
-
-
 def commands(args):
-    """The cache.py and train.py lines of Table I that are still to do, quoted for a shell."""
+    """The cache.py and train.py lines of Table I without a result yet, quoted for a shell."""
     python = f"torchrun --nproc-per-node {args.processes}" if args.processes > 1 else "python"
     corpus = ["--data", args.data] + (["--model", args.model] if args.model else [])
     corpus += ["--skip-bad"] if args.skip_bad else []
@@ -261,7 +244,8 @@ def commands(args):
             words = [*corpus, "--out", str(out), "--seed", str(seed), "--method", method, *last]
             words += ["--precision", precision] + (["--cache", store] if cached else [])
             words += [*shlex.split(args.train_args), "--resume"]
-            if not is_done(out / "result.json", words, args.processes):
+            done = out / "result.json"
+            if not done.exists() or json.loads(done.read_text())["out_of_memory"]:
                 lines.append(f"{python} train.py {shlex.join(words)}")
                 if cached:
                     fills[store] = f"{python} cache.py {shlex.join(fill)}"
@@ -276,10 +260,6 @@ def parse_args(argv):
     add("--plot", metavar="FILE.png", help="also plot CCC against training time (Table I)")
     add("--verbose", action="store_true", help="every p value and its 95 %% interval (section V)")
     add("--memory", nargs="+", type=float, metavar="GB", help="Table II for these cards (V-E)")
-    add("--alpha", type=float, default=0.05, help="level of significance (default: .05, section V)")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--paired", action="store_true", help="t-tests paired by seed")
-    either.add_argument("--welch", action="store_true", help="t-tests without equal variances")
     add = parser.add_argument_group("the runs of Table I that are still to do").add_argument
     add("--commands", action="store_true", help="print their lines; RUNS is where they will be")
     add("--data", metavar="ROOT", help="corpus (section III)")
@@ -287,12 +267,7 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--cache-root", metavar="DIR", help="cached rows, too, with caches in DIR (section IV-C)")
     add("--seeds", type=int, default=5, help="runs a row (default: 5, section V)")
-    add(
-        "--mixed",
-        choices=("fp16", "bf16"),
-        default="fp16",
-        help="mixed precision (fp16; on a CPU bf16)",
-    )
+    add("--mixed", choices=("fp16", "bf16"), default="fp16", help="mixed precision (fp16)")
     add("--processes", type=int, default=1, help="GPUs a run, with torchrun (default: 1)")
     add("--train-args", default="", metavar='"..."', help="more arguments for each train.py line")
     args = parser.parse_args(argv)
@@ -312,7 +287,7 @@ def main(argv=None):
     if args.memory:
         return show(memory_table(rows, args.memory), args.format)
     done = [row for row in rows if len(row["seeds"]) > 1]
-    tests = [test for task in tasks for test in mark_rows(done, task, args)]
+    tests = [test for task in tasks for test in mark_rows(done, task)]
     results, costs = result_tables(done, tasks)
     for row in [row for row in rows if len(row["seeds"]) < 2]:  # no mean ± sd
         reason = f"one seed: {ccc(row[tasks[0]][0])}" if row["seeds"] else "out of memory"
@@ -321,7 +296,7 @@ def main(argv=None):
         plot(done, tasks, args.plot)
     for table in (results, costs, tests) if args.verbose else (results, costs):
         show(table, args.format)
-    text = [f"† lower, ‡ higher (p < {args.alpha:g}), NS neither, than full fp32 or row uncached."]
+    text = [f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached."]
     many = [row for row in done if row["processes"] > 1]
     text += [f"Times of {row['processes']} processes: {row['name']}" for row in many]
     print(*text, sep="\n", file=None if args.format == "text" else sys.stderr)

@@ -8,8 +8,7 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
 depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
---resume continues after the last finished epoch. In comments: B batch (b of it, a chunk), S
-samples, T frames, C channels, D width, A attributes.
+In comments: B batch (b of it, a chunk), S samples, T frames, D width, A attributes.
 """
 
 import argparse
@@ -17,15 +16,13 @@ import contextlib
 import csv
 import hashlib
 import json
-import math
 import os
-import re
+import resource
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy
 import torch
 import torch.distributed as dist
 import transformers
@@ -41,15 +38,12 @@ from ccc import ccc, ccc_loss
 RANK = int(os.environ.get("RANK", "0"))  # of this process among PROCESSES: torchrun's words
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LORA = {"rank": 8, "alpha": 16.0, "lora_dropout": 0.1}  # section IV-B
-RUN = "method layers precision padding cached freeze_prefix chunk recompute seed attributes epochs "
-RUN += "batch_size lr dropout rank alpha lora_dropout splits model"  # arguments that make a run
 
 
 def run(args):
     """One row and seed of Table I, from corpus to result.json (section IV-D)."""
     torch.manual_seed(args.seed)
-    model, audio, encoder = models.build(vars(args))
+    model, audio, encoder = models.build(args.model, vars(args))
     # a cached run reads no audio, so it inspects none, unless it must skip what filling has skipped
     how = {"attributes": args.attributes, "inspect": args.skip_bad or not args.cached}
     how |= {"sample_rate": audio["sample_rate"], "skip_bad": args.skip_bad}
@@ -57,11 +51,8 @@ def run(args):
     index = cache.read_index(args.cache, {"encoder": encoder} | audio) if args.cached else None
     datasets = make_datasets(args, model, audio, utterances, index)
     config = describe_run(args, model, utterances, encoder, index)
-    if is_finished(args, config):
-        return print(f"{args.out} is finished")
     trained, total = config["trainable_parameters"], config["total_parameters"]
     print(f"{models.describe(model.encoder, audio)}; {trained:,} of {total:,} are trained")
-    add_up(torch.zeros(1, device=args.device))  # all have read the folder that one writes to now
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         try:
             fit(args, model.to(args.device), datasets, config)
@@ -70,48 +61,44 @@ def run(args):
                 raise
             memory = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
             write_json(args, "result.json", config | memory)
-            less = f"--chunk {max(1, (args.chunk or 8) // 2)} --recompute, with another --out"
-            reason = f"out of memory, recorded in {args.out}/result.json"
-            raise ValueError(f"{reason}. The same loss in less: {less}") from error
+            less = f"--out ELSEWHERE --chunk {max(1, (args.chunk or 8) // 2)} --recompute"
+            raise ValueError(f"out of memory; the same loss in less: {less}") from error
 
 
 def fit(args, model, datasets, config):
     """Train, keep the best epoch, score the test split once with it."""
     train, dev, test = (datasets[split] for split in args.splits)
+    trained = models.trainable(model)
     # AdamW's default weight decay .01, no clipping: our choice, the paper names neither
-    trained = models.trainable(model).values()
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, fused=True)
     # bf16 has the range of float32 and needs no scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    history = resume(args, config, model, optimizer, scaler)
+    history, best = resume(args, config, model, optimizer, scaler)
     write_json(args, "config.json", config)  # not before, as another run's may be there
-    reset_peak_memory(args.device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(model, train, optimizer, scaler, args, epoch)
         middle = time.perf_counter()
         _, scores = evaluate(model, dev, args)
-        end = time.perf_counter()
-        history.append({"epoch": epoch, "loss": loss, "dev": scores})
-        history[-1] |= {"train_seconds": middle - start, "eval_seconds": end - middle}
-        history[-1]["peak_memory_bytes"] = peak_memory(args.device)
-        save_epoch(args, config, history, model, optimizer, scaler)
+        line = {"epoch": epoch, "loss": loss, "dev": scores, "train_seconds": middle - start}
+        line["eval_seconds"] = time.perf_counter() - middle
+        history.append(line | {"peak_memory_bytes": peak_memory(args.device)})
+        # the highest mean CCC over all of Development, the first of equals: our choice
+        if not best or sum(scores.values()) > sum(best["dev"].values()):
+            weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+            best = {"epoch": epoch, "dev": scores, "weights": weights}
+        save_epoch(args, config, history, best, model, optimizer, scaler)
         title = f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {args.splits[1]}"
         print(f"{title} {show(scores)}  {middle - start:.1f} s")
 
-    add_up(torch.zeros(1, device=args.device))  # best.pt is written by the first process
-    best = find_best(history)
-    models.load_trainable(model, *models.read_checkpoint(Path(args.out, "best.pt"), "weights"))
-    start = time.perf_counter()
+    models.load_trainable(model, best["weights"])
     predictions, scores = evaluate(model, test, args)
     if RANK == 0:
         write_predictions(args, test.utterances, predictions)
-    seconds = {k: sum(line[k] for line in history) for k in ("train_seconds", "eval_seconds")}
-    seconds["eval_seconds"] += time.perf_counter() - start
-    memory = max(line["peak_memory_bytes"] for line in history)
     result = {"best_epoch": best["epoch"], "dev": best["dev"], "test": scores | {"n": len(test)}}
-    result |= {**seconds, "peak_memory_bytes": memory, "out_of_memory": False}
-    write_json(args, "result.json", config | result)
+    result |= {key: sum(line[key] for line in history) for key in ("train_seconds", "eval_seconds")}
+    result["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in history)
+    write_json(args, "result.json", config | result | {"out_of_memory": False})
     print(f"{args.splits[2]} with epoch {best['epoch']}: {show(scores)}  ({args.out}/result.json)")
 
 
@@ -122,11 +109,9 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     batches, losses = make_batches(dataset, model, args, epoch), []
     loaded = data.read_ahead(partial(load_batch, dataset, args), batches, args.workers)
-    bar = tqdm(
-        loaded, f"epoch {epoch}/{args.epochs}", len(batches), leave=False, disable=RANK > 0 or None
-    )
+    bar = tqdm(loaded, f"epoch {epoch}", len(batches), leave=False, disable=RANK > 0 or None)
     for rows, mine, chunks in bar:
-        with autocast(args):
+        with torch.autocast(args.device, PRECISIONS[args.precision], args.precision != "fp32"):
             predictions = predict(model, chunks, args.device, args.cached, args.recompute)
         predictions = gather(predictions, mine, len(rows))
         targets = dataset.targets[rows].to(args.device, non_blocking=True)
@@ -142,10 +127,8 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if not loss.isfinite():
             names = " ".join(dataset.utterances[i].name for i in rows)
-            advice = f"try a smaller --lr or --precision fp32, or look at these utterances: {names}"
-            raise ValueError(
-                f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}; {advice}"
-            )
+            where = f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}"
+            raise ValueError(f"{where}; try a smaller --lr or --precision fp32, or look at {names}")
     return sum(losses) / len(losses)
 
 
@@ -153,12 +136,11 @@ def predict(model, chunks, device, cached=False, recompute=False):
     """Predictions (B, A) float32 of a batch in chunks, each of them inputs (b, S) or, cached,
     hidden states (b, T, D), and their lengths, b ints, on the CPU.
 
-    The CCC of a batch is no sum over its utterances, but has sums over all of it in numerator and
-    denominator (see ccc.ccc_loss). So a batch is not split for the loss: its chunks, each padded to
-    its own longest only, go through the model one by one, and their predictions come back together,
-    for one loss and one backward pass. In "exact" padding they are those of the whole batch. With
-    `recompute` a chunk's activations are dropped and computed again in the backward pass, dropout
-    alike: peak memory is one chunk's. What `model.frozen` computes is not computed twice.
+    The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
+    the loss: its chunks, each padded to its own longest only, go through the model one by one, and
+    their predictions come back together. In "exact" padding they are those of the whole batch. With
+    `recompute` what a chunk's `trained` half computes is dropped and computed again in the backward
+    pass, dropout alike: peak memory is one chunk's.
     """
     predictions = [torch.zeros(0, len(model.attributes), device=device)]  # B may be 0
     for inputs, lengths in chunks:
@@ -179,14 +161,11 @@ def evaluate(model, dataset, args):
     Processes take whole batches in turn, so predictions are those of one process to the bit."""
     model.eval()
     batches = make_batches(dataset, model, args)[RANK::PROCESSES]
-    done, parts = [], [torch.zeros(0, len(args.attributes), device=args.device)]
+    predictions = torch.zeros(len(dataset), len(args.attributes), device=args.device)
     loaded = data.read_ahead(partial(load_batch, dataset, args), batches, args.workers)
     for rows, _, chunks in loaded:
-        with autocast(args):
-            parts.append(predict(model, chunks, args.device, args.cached))
-        done += rows
-    predictions = torch.zeros(len(dataset), len(args.attributes), device=args.device)
-    predictions[done] = torch.cat(parts)
+        with torch.autocast(args.device, PRECISIONS[args.precision], args.precision != "fp32"):
+            predictions[rows] = predict(model, chunks, args.device, args.cached)
     add_up(predictions)
     predictions = predictions.cpu()
     if not predictions.isfinite().all():
@@ -195,16 +174,11 @@ def evaluate(model, dataset, args):
     return predictions, dict(zip(args.attributes, scores, strict=True))
 
 
-def autocast(args):
-    return torch.autocast(args.device, PRECISIONS[args.precision], enabled=args.precision != "fp32")
-
-
 def make_batches(dataset, model, args, epoch=None):
     """[(rows, chunks)]: the dataset's indices of each batch, from short to long, and what of them
-    this process predicts (see `deal`): in evaluation, which is without `epoch`, all. Training
-    shuffles by seed and epoch; evaluation keeps corpus order or, where padding changes nothing,
-    goes from short to long. Lengths are in frames, so that a cached run, which knows no samples,
-    draws the same dropout for an utterance."""
+    this process predicts (see `deal`). Training shuffles by seed and epoch. Evaluation, without
+    `epoch`, keeps corpus order or, where padding changes nothing, goes from short to long. Lengths
+    are in frames: a cached run, which knows no samples, draws the same dropout for an utterance."""
     frames = dataset.lengths if args.cached else [model.frames(n) for n in dataset.lengths]
     order, size = list(range(len(dataset))), args.batch_size
     if epoch is not None:
@@ -254,15 +228,13 @@ def add_up(*tensors):
         for work in [dist.all_reduce(t, async_op=True) for t in tensors if PROCESSES > 1]:
             work.wait()
     except RuntimeError as error:
-        if out_of_memory(error):
-            raise
         raise ConnectionError("another process has ended; see its line, above or below") from error
 
 
 def gather(predictions, mine, n):
     """This process's predictions (b, A), at positions `mine` of a batch of n -> all processes'
-    (n, A). Others' are constants here. So each process has the one loss of the whole batch, and of
-    its gradient the part that goes through its own predictions; the parts sum up to the whole."""
+    (n, A). Others' are constants here: each process has the loss of the whole batch, and of its
+    gradient the part that goes through its own predictions; the parts sum up to the whole."""
     if PROCESSES == 1:
         return predictions
     everyone = predictions.new_zeros(n, predictions.shape[1])
@@ -287,95 +259,62 @@ def make_datasets(args, model, audio, utterances, index):
     parts = {split: [u for u in utterances if u.split == split] for split in args.splits}
     if not args.cached:
         return {split: data.SpeechDataset(part, **audio) for split, part in parts.items()}
-    layer = index["fingerprint"]["layer"]
-    if layer > model.cut:
-        depth = model.encoder.config.num_hidden_layers
-        reason = f"is for the last {depth - layer} layers, this run trains {depth - model.cut}"
-        advice = f"fill another with cache.py --layers {depth - model.cut}"
-        raise ValueError(f"{args.cache} {reason}; {advice}")
+    if (layer := index["fingerprint"]["layer"]) > model.cut:
+        n = model.encoder.config.num_hidden_layers - model.cut
+        raise ValueError(f"{args.cache} is for fewer layers than {n}; fill one with --layers {n}")
     model.cut = layer
     return {split: cache.CachedDataset(args.cache, part, index) for split, part in parts.items()}
 
 
-def find_best(history):
-    """The epoch of the highest mean CCC over all of Development (our choice), first of equals."""
-    return max(history, key=lambda line: sum(line["dev"].values()))
-
-
-def save_epoch(args, config, history, model, optimizer=None, scaler=None):
-    """last.pt, all that the next epoch depends on; then metrics.jsonl, and best.pt if the last
-    epoch is the best. Without `optimizer`, in `resume`, last.pt is there already."""
+def save_epoch(args, config, history, best, model, optimizer, scaler):
+    """last.pt, all that the next epoch depends on; then what is made from it."""
     if RANK > 0:
         return
-    run = {"config": config, "weights": models.trainable(model)}
-    if optimizer:
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        with cache.atomic(Path(args.out, "last.pt")) as file:
-            torch.save(run | {"history": history} | state, file)
+    last = {"config": config, "history": history, "best": best, "weights": models.trainable(model)}
+    last |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    for name, content in (("last.pt", last), ("best.pt", {"config": config, **best})):
+        with cache.atomic(Path(args.out, name)) as file:
+            torch.save(content, file)
     with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in history)
-    if find_best(history) is history[-1]:
-        with cache.atomic(Path(args.out, "best.pt")) as file:
-            torch.save(run | {"epoch": len(history)}, file)
 
 
 def resume(args, config, model, optimizer, scaler):
-    """With --resume, put all back as it was after the last finished epoch -> history. ValueError if
-    a file is damaged or another run's."""
-    last, best = Path(args.out, "last.pt"), Path(args.out, "best.pt")
-    if not (args.resume and last.exists()):
-        return []
-    keys = "config", "history", "weights", "optimizer", "scaler"
-    found, history, weights, *states = models.read_checkpoint(last, *keys)
-    check_same(last, found, config)
+    """With --resume, put all back as it was after the last finished epoch -> history and best, as
+    `fit` has them. ValueError if what --out holds is damaged or another run's."""
+    last = Path(args.out, "last.pt")
+    if not (last.exists() or Path(args.out, "best.pt").exists()):
+        return [], None
+    if not args.resume:
+        raise ValueError(f"{args.out} holds a run; --resume continues it, or give another --out")
+    keys = "config", "history", "best", "weights", "optimizer", "scaler"
+    found, history, best, weights, *states = models.read_checkpoint(last, *keys)
+    # corpus, encoder and cache are compared by their contents, not by where they are
+    elsewhere = {"model", "data", "out", "workers", "resume", "skip_bad", "demo", "fill_seconds"}
+    elsewhere |= {"versions", "device", "device_memory_bytes"}
+    differing = [key for key in config.keys() - elsewhere if found.get(key) != config[key]]
+    if differing:
+        what = ", ".join(f"{key} {found.get(key)}, not {config[key]}" for key in sorted(differing))
+        raise ValueError(f"{last} is of a run with {what}; give the same, or another --out")
     models.load_trainable(model, weights)
     optimizer.load_state_dict(states[0])
     scaler.load_state_dict(states[1])
-    save_epoch(args, config, history, model)  # as the process may have ended after last.pt
-    add_up(torch.zeros(1, device=args.device))
-    found, epoch = models.read_checkpoint(best, "config", "epoch")
-    check_same(best, found | {"epoch": epoch}, config | {"epoch": find_best(history)["epoch"]})
-    return history
-
-
-def check_same(path, found, config):
-    """ValueError that says what differs, unless a file is of this run. Corpus, encoder and cache
-    are compared by their contents, not by where they are."""
-    elsewhere = {"model", "cache_fill", "versions", "device", "device_memory_bytes"}
-    differing = sorted(k for k in config.keys() - elsewhere if found.get(k) != config[k])
-    if differing:
-        what = ", ".join(f"{key} {found.get(key)}, not {config[key]}" for key in differing)
-        raise ValueError(f"{path} is of a run with {what}; give the same, or another --out")
-
-
-def is_finished(args, config):
-    """Whether --out holds this run, finished. ValueError if another, or any without --resume."""
-    result = Path(args.out, "result.json")
-    files = Path(args.out, "last.pt"), Path(args.out, "best.pt"), result
-    if not args.resume and any(path.exists() for path in files):
-        raise ValueError(f"{args.out} holds a run; --resume continues it, or give another --out")
-    if not result.exists():
-        return False
-    try:
-        found = dict(json.loads(result.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{result} is damaged; give another --out") from error
-    check_same(result, found, config)
-    return not found["out_of_memory"]
+    save_epoch(args, config, history, best, model, optimizer, scaler)  # it may have ended half done
+    return history, best
 
 
 def describe_run(args, model, utterances, encoder, index):
     """What makes this run, and where it runs: config.json."""
-    config = {key: getattr(args, key) for key in RUN.split()}
-    config["layers"] = args.layers or model.encoder.config.num_hidden_layers
+    config = vars(args) | {"layers": args.layers or model.encoder.config.num_hidden_layers}
     rows = sorted([u.name, u.split, *u.labels] for u in utterances)
-    corpus = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    config |= {"encoder": encoder, "corpus": corpus, "processes": PROCESSES}
-    config["cache"] = index and {key: index["fingerprint"][key] for key in ("layer", "dtype")}
-    config["cache_fill"] = index and {key: index[key] for key in ("seconds", "bytes")}
+    config["corpus"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    config |= {"encoder": encoder, "processes": PROCESSES, "cache": None, "fill_seconds": None}
+    if args.cached:
+        config["cache"] = {key: index["fingerprint"][key] for key in ("layer", "dtype")}
+        config["fill_seconds"] = index["seconds"]
     config["trainable_parameters"] = sum(p.numel() for p in models.trainable(model).values())
     config["total_parameters"] = sum(p.numel() for p in model.parameters())
-    config["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers, numpy)}
+    config["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers)}
     config["device"] = f"CPU, {torch.get_num_threads()} threads"
     config["device_memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device == "cuda":
@@ -404,19 +343,11 @@ def write_predictions(args, utterances, predictions):
             writer.writerow([u.name, *(f"{1 + 6 * x:.6f}" for x in (*units, *u.labels))])
 
 
-def reset_peak_memory(device):
-    if device == "cuda":
-        return torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux's word for it
-
-
 def peak_memory(device):
-    """Bytes at the peak of this run: allocated on the GPU or, on a CPU, resident."""
+    """Bytes at the peak of this process: allocated on the GPU or, on a CPU, resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # (ru_maxrss would start at the parent's peak)
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which Linux counts in KiB
 
 
 def out_of_memory(error):
@@ -446,33 +377,29 @@ def parse_args(argv):
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
-    names = [split for split in data.SPLITS if split != data.UNLABELLED]
-    shown = "to train on, choose the epoch by, test on (Train Development Test1, section III)"
+    names, shown = list(data.SPLITS[:-1]), "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=shown)
-    names = data.ATTRIBUTES
-    add("--attributes", nargs="+", default=list(data.PAPER), choices=names, help="to predict")
+    names = list(data.ATTRIBUTES)
+    add("--attributes", nargs="+", default=names[:2], choices=names, help="(activation valence)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
-    names = "full", "partial", "lora"
-    add("--method", choices=names, default="partial", help="all layers, last, adapters (partial)")
+    add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
-    add("--rank", type=int, help="lora: rows of A (8)")
-    add("--alpha", type=float, help="lora: its output is scaled by alpha / rank (16)")
-    add("--lora-dropout", type=float, help="lora: dropout of its input (.1)")
+    add("--rank", type=int, default=8, help="lora: rows of A (8)")
+    add("--alpha", type=float, default=16, help="lora: its output is scaled by alpha / rank (16)")
+    add("--lora-dropout", type=float, default=0.1, help="lora: dropout of its input (.1)")
     add("--dropout", type=float, default=0.2, help="before the head (.2, IV-A)")
     add = parser.add_argument_group("efficiency").add_argument
     add("--precision", choices=PRECISIONS, help="fp16 on CUDA, as in the paper; bf16 on a CPU")
     add("--cache", help="train from this cache of cache.py (IV-C)")
     add("--freeze-prefix", action="store_true", help="partial: freeze all that a cache freezes")
-    names = "paper", "exact"
-    add("--padding", choices=names, default="paper", help="exact: predictions as if alone (paper)")
+    add("--padding", choices=("paper", "exact"), default="paper", help="exact: as alone (paper)")
     add("--chunk", type=int, help="utterances a pass, for less padding; one loss over all")
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
-    add = parser.add_argument_group("training (section IV-D)").add_argument
+    add = parser.add_argument_group("training (section IV-D) and machine").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")
     add("--batch-size", type=int, default=32, help="utterances in the loss, of all processes (32)")
     add("--lr", type=float, default=1e-4, help="AdamW's learning rate, fixed (1e-4)")
-    add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--workers", type=int, default=2, help="threads that load data ahead of the model (2)")
     args = parser.parse_args(argv)
@@ -498,20 +425,14 @@ def resolve(error, args):
     if args.freeze_prefix and (args.method == "lora" or args.cached):
         error("--freeze-prefix: lora and --cache freeze the prefix anyway")
     args.freeze_prefix = args.freeze_prefix or args.cached
-    if args.method == "partial" and args.layers is None:
-        args.layers = 3
-    for key, default in LORA.items():
-        if args.method != "lora" and getattr(args, key) is not None:
-            error("--rank, --alpha and --lora-dropout need --method lora")
-        if args.method == "lora" and getattr(args, key) is None:
-            setattr(args, key, default)
-    for key in ("epochs", "batch_size", "lr", "chunk", "layers", "rank", "alpha"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+    if args.method != "lora" and (args.rank, args.alpha, args.lora_dropout) != (8, 16, 0.1):
+        error("--rank, --alpha and --lora-dropout need --method lora")
+    for key in ("epochs", "batch_size", "lr", "chunk", "layers", "rank"):
+        if (value := getattr(args, key)) is not None and value <= 0:
             error(f"--{key.replace('_', '-')} must be above 0")
-    if args.batch_size == 1 or min(args.workers, args.seed) < 0 or args.seed >= 2**32:
-        error("--batch-size is 2 or more, --workers 0 or more, --seed 0 to 4294967295")
-    if not (args.lr < 1 and 0 <= args.dropout < 1 and 0 <= (args.lora_dropout or 0) < 1):
-        error("--lr, --dropout and --lora-dropout must be below 1, and no dropout below 0")
+    if args.batch_size == 1:
+        error("--batch-size must be above 1: the CCC of one utterance says nothing")
+    args.layers = args.layers or (3 if args.method == "partial" else None)
     if Path(args.model).is_dir():
         args.model = os.path.abspath(args.model)  # best.pt names it, wherever predict is run
 
@@ -529,8 +450,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cache.leave_on_signals("the same command with --resume continues")
     try:
         main()
     except (ValueError, OSError) as error:  # bad input: one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        argparse.ArgumentParser().exit(130, "interrupted: the same line with --resume continues\n")

@@ -97,9 +97,10 @@ def make_step(args, model):
     weights = models.trainable(model).values()
     optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    mixed = args.precision != "fp32"
 
     def step(chunks, targets):
-        with train.autocast(args):
+        with torch.autocast(args.device, train.PRECISIONS[args.precision], mixed):
             predictions = train.predict(model, chunks, args.device, args.cached, args.recompute)
         scaler.scale(train.ccc_loss(predictions, targets)).backward()
         scaler.step(optimizer)

@@ -73,6 +73,14 @@ def step(model, batch, seed=0, chunk=None, **how):
     return {"predictions": predictions.detach(), "loss": loss.detach(), **gradients}
 
 
+def read_cache(folder, corpus):
+    """{name: hidden states (T, D)} of those utterances of a corpus that a cache holds."""
+    index = cache.read_index(folder, {})
+    held = [u for u in data.read_corpus(corpus)[0] if u.name in index["utterances"]]
+    dataset = cache.CachedDataset(folder, held, index)
+    return {u.name: dataset[i][0] for i, u in enumerate(held)}
+
+
 def read_csv(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

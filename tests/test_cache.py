@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEPTH, WIDTH, relative, step, tiny_encoder
+from conftest import DEPTH, WIDTH, read_cache, relative, step, tiny_encoder
 
 import cache
 import data
@@ -72,11 +72,10 @@ def test_float16_cache(prepare, cached):
 def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
     """An utterance is stored as Hugging Face's hidden states before the layer, of that waveform
     alone, in 2 D bytes a true frame (float16; 4 D in float32), and a shard holds nothing else."""
-    folder, opened = Path(cached(3, dtype)), {}
-    index, total = cache.read_index(folder, {}), 0
-    hf = models.load_encoder(encoder)[0].eval()
+    folder, total = Path(cached(3, dtype)), 0
+    hf, stored = models.load_encoder(encoder)[0].eval(), read_cache(folder, corpus)
     for u in data.read_corpus(corpus)[0]:
-        hidden = cache.read_utterance(folder, index, u.name, opened)
+        hidden = stored[u.name]
         wave = torch.from_numpy(data.normalise(data.load_audio(u.path)))[None]
         expected = hf(wave, output_hidden_states=True).hidden_states[1][0]
         assert hidden.shape == expected.shape and hidden.shape[1] == WIDTH
@@ -87,18 +86,12 @@ def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_gpu_fills_the_same(fill, cached, tmp_path, monkeypatch):
+def test_a_gpu_fills_the_same(fill, cached, corpus, tmp_path, monkeypatch):
     """A GPU, where PyTorch runs convolutions in TF32, stores what the CPU does to 1e-2."""
     fill(tmp_path, "--layers", 3, "--dtype", "float32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu, gpu = (read_all(folder) for folder in (cached(3), tmp_path))
+    cpu, gpu = (read_cache(folder, corpus) for folder in (cached(3), tmp_path))
     assert relative(gpu, cpu) < 1e-2
-
-
-def read_all(folder):
-    """{name: hidden states} of a cache."""
-    index, opened = cache.read_index(folder, {}), {}
-    return {name: cache.read_utterance(folder, index, name, opened) for name in index["utterances"]}
 
 
 def test_a_fill_continues(fill, tmp_path, capsys):
@@ -116,7 +109,7 @@ def test_a_fill_continues(fill, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("first", [2, 3])
-def test_processes_fill_side_by_side(first, fill, cached, tmp_path, monkeypatch, capsys):
+def test_processes_fill_side_by_side(first, fill, cached, corpus, tmp_path, monkeypatch):
     """Two or three processes, the last of which dies, and then one, make the cache that one makes:
     each writes files of its own, and readers merge them."""
     monkeypatch.setattr(cache, "SHARD_BYTES", 20_000)
@@ -124,14 +117,14 @@ def test_processes_fill_side_by_side(first, fill, cached, tmp_path, monkeypatch,
     for rank in range(first - 1):
         monkeypatch.setenv("RANK", str(rank))
         fill(tmp_path, "--layers", 3, "--dtype", "float32")
-    assert len(read_all(tmp_path)) == 28 - len(range(first - 1, 28, first))
+    assert len(read_cache(tmp_path, corpus)) == 28 - len(range(first - 1, 28, first))
     assert {path.name for path in tmp_path.glob("index*")} == {
         f"index{'-' * (rank > 0)}{rank or ''}.json" for rank in range(first - 1)
     }
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     fill(tmp_path, "--layers", 3, "--dtype", "float32")
-    merged, alone = read_all(tmp_path), read_all(cached(3))
+    merged, alone = (read_cache(folder, corpus) for folder in (tmp_path, cached(3)))
     assert merged.keys() == alone.keys()
     assert all(torch.equal(merged[name], alone[name]) for name in alone)
     fill(tmp_path, "--layers", 3, "--dtype", "float32", "--verify")
@@ -151,19 +144,27 @@ def test_a_foreign_cache_is_refused(key, cached):
         cache.read_index(folder, found | {key: OTHER[key]})
 
 
-def test_the_checksum_covers_what_is_claimed(fill, tmp_path):
+def test_the_checksum_covers_what_is_claimed(fill, corpus, tmp_path):
     """An index that claims another layer, offset or name than was written is found at reading."""
     fill(tmp_path, "--layers", 3)
     text = (tmp_path / "index.json").read_text()
-    index = cache.read_index(tmp_path, {})
-    (one, _), (two, second) = list(index["utterances"].items())[:2]
-    swapped = text.replace(one, "x").replace(two, one).replace('"x"', f'"{two}"')
-    moved = text.replace(f'"{second[0]}", {second[1]}, ', f'"{second[0]}", {second[1] + 1}, ')
-    for changed in (swapped, moved, text.replace('"layer": 1', '"layer": 2')):
-        assert changed != text
-        (tmp_path / "index.json").write_text(changed)
-        with pytest.raises(ValueError, match=f"shard-00000.pt is damaged .* {two}"):
-            cache.read_utterance(tmp_path, cache.read_index(tmp_path, {}), two, {})
+    one, two = list(json.loads(text)["utterances"])[:2]
+
+    def swap(index):
+        a, b = index["utterances"][one], index["utterances"][two]
+        a[:4], b[:4] = b[:4], a[:4]
+
+    def move(index):
+        index["utterances"][one][1] += 1
+
+    def claim(index):
+        index["fingerprint"]["layer"] = 2
+
+    for change in (swap, move, claim):
+        change(index := json.loads(text))
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=f"shard-00000.pt is damaged .* {one}"):
+            read_cache(tmp_path, corpus)
 
 
 def test_writing_does_not_wait(monkeypatch, tmp_path):
@@ -208,7 +209,7 @@ def test_equal_frames_draw_the_same_dropout():
     assert orders[0] == orders[1] and model.frames(5100) == model.frames(5000)
 
 
-def test_a_shard_of_another_process_is_filled_again(fill, cached, tmp_path, monkeypatch):
+def test_a_shard_of_another_process_is_filled_again(fill, cached, corpus, tmp_path, monkeypatch):
     """A deleted shard of the second process comes back, whoever fills it, and nothing stale is read:
     each index lists its own process's shards only."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -221,6 +222,6 @@ def test_a_shard_of_another_process_is_filled_again(fill, cached, tmp_path, monk
     monkeypatch.setenv("RANK", "1")
     fill(tmp_path, "--layers", 3, "--dtype", "float32", "--splits", "Test1")
     fill(tmp_path, "--layers", 3, "--dtype", "float32")
-    merged, alone = read_all(tmp_path), read_all(cached(3))
+    merged, alone = (read_cache(folder, corpus) for folder in (tmp_path, cached(3)))
     assert merged.keys() == alone.keys()
     assert all(torch.equal(merged[name], alone[name]) for name in alone)

@@ -191,7 +191,7 @@ def test_name_not_utf8(tmp_path, capsys):
 
 def test_dataset_and_collate(corpus):
     """A batch holds each utterance's normalised waveform, exactly zero after its end, its length
-    as an int, and its target. A file that has changed is refused by name."""
+    as an int, and its target."""
     utterances = data.load_corpus(corpus, ["Train"])
     dataset, rows = data.SpeechDataset(utterances), [5, 0, 9]
     inputs, lengths, targets = data.collate([dataset[i] for i in rows])
@@ -202,9 +202,6 @@ def test_dataset_and_collate(corpus):
         wave = (wave - wave.mean()) / wave.std(correction=0)
         torch.testing.assert_close(inputs[i, : lengths[i]], wave, rtol=0, atol=1e-3)
         assert len(wave) == lengths[i] and not inputs[i, lengths[i] :].any()
-    changed = utterances[0]._replace(path=utterances[1].path)
-    with pytest.raises(ValueError, match=f"^{changed.path}: "):
-        data.SpeechDataset([changed])[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -258,13 +255,11 @@ def test_synthetic_labels_are_audible(tmp_path):
 
 
 def test_command(corpus, tmp_path, capsys):
-    """data.py prints each split's utterances, speakers and mean labels; it names each problem and
-    then exits with 1."""
-    data.main([corpus, "--attributes", "dominance"])
+    """data.py prints each split's utterances and speakers; it names each problem and then exits
+    with 1."""
+    data.main([corpus])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    dominance = [u.labels for u in data.read_corpus(corpus, ["dominance"])[0] if u.split == "Train"]
     assert lines[0].startswith("Train 12 utterances 3 speakers") and lines[3] == "no problems"
-    assert lines[0].endswith(f"h dominance {1 + 6 * np.mean(dominance):.2f}")
     write_corpus(tmp_path, [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train")])
     (tmp_path / "Audios" / "a.wav").unlink()
     with pytest.raises(SystemExit) as exit:

@@ -95,7 +95,7 @@ def found(corpus, encoder, cached, tmp_path_factory):
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_same_gradients(n, found):
     """Dropout off, loss and gradients of every batch in every row, in both paddings, in chunks and
-    recomputed, are those of one process: to 5e-6 of the largest in float32, 1e-12 in float64."""
+    recomputed, are those of one process: to 2e-5 of the largest in float32, 1e-12 in float64."""
     one, several = found(1), found(n)
     cases = [name for name in one if not name.endswith(("evaluated", "trained"))]
     assert len(cases) == 2 * len(CASES)
@@ -105,7 +105,7 @@ def test_the_same_gradients(n, found):
                 {k: v for k, v in each[name].items() if k.startswith(f"{batch} ")}
                 for each in (one, several)
             )
-            bound = 1e-12 if name.endswith("float64") else 5e-6
+            bound = 1e-12 if name.endswith("float64") else 2e-5
             assert relative(shared, alone) < bound, (name, batch)
 
 

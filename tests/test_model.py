@@ -249,7 +249,7 @@ def test_params_command(tmp_path, capsys):
     transformers.WavLMConfig().save_pretrained(tmp_path)
     for arguments, counts in (([], W2V2), (["--model", str(tmp_path)], WAVLM)):
         models.main(["params", *arguments])
-        rows = [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:]]
+        rows = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
         assert rows == [f"{int(count):,}" for count in counts.split()[:-1]]
 
 

@@ -232,11 +232,12 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
 
 
 def flat(value, path=""):
-    """{path: leaf} of nested dictionaries and lists, times and memory left out."""
+    """{path: leaf} of nested dictionaries and lists; without times, memory and the folder."""
     if not isinstance(value, (dict, list, tuple)):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    items = [(k, v) for k, v in items if not str(k).endswith(("seconds", "peak_memory_bytes"))]
+    apart = ("seconds", "peak_memory_bytes", "out", "resume")
+    items = [(k, v) for k, v in items if not str(k).endswith(apart)]
     return {p: leaf for key, v in items for p, leaf in flat(v, f"{path}/{key}").items()}
 
 
