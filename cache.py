@@ -159,14 +159,13 @@ def add_shard(folder, index, process, parts):
 
 
 def fill(folder, index, utterances, encode, process=0):
-    """Add utterances to a cache.
+    """Add utterances to a cache, whose `lock` the caller holds. A shard, then the index, is written
+    whole, by a thread while the model goes on: whenever the process ends, the cache is valid.
 
     index : read_index's, or {"fingerprint": …, "seconds": 0.0, "utterances": {}}.
     utterances : what it lacks, with name and path.
     encode : a generator that makes of them their hidden states (T, D), each as if alone.
     process : number of this process among those that fill the folder now.
-    A shard, then the index, is written whole, by a thread while the model goes on: whenever the
-    process ends, the cache is valid and lacks at most two shards. The caller holds the `lock`.
     """
     dtype, parts, size, start = DTYPES[index["fingerprint"]["dtype"]], [], 0, time.perf_counter()
     with ThreadPoolExecutor(1) as writer:

@@ -31,10 +31,9 @@ LABEL_FILES += ["Labels/labels_concensus.csv", "labels/labels_concensus.csv"]
 LABEL_FILES += ["label/labels_concensus.csv"]
 AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
-PAPER = ("activation", "valence")  # the attributes that the paper predicts
-SPLITS = ("Train", "Development", "Test1", "Test2", "Test3")
+PAPER = ["activation", "valence"]  # the attributes that the paper predicts
+SPLITS = ["Train", "Development", "Test1", "Test2", "Test3"]  # Test3's labels are withheld
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # 1.6 and 1.8
-UNLABELLED = SPLITS[-1]  # its labels are withheld
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
@@ -91,7 +90,7 @@ def read_corpus(root, attributes=PAPER):
             problems.append(Problem("unknown split", f"{where} {split!r}", ""))
         elif name in seen:
             problems.append(Problem("repeated name", where, split))
-        elif any(map(math.isnan, labels)) and split != UNLABELLED:
+        elif any(map(math.isnan, labels)) and split != "Test3":
             problems.append(Problem("label missing or not in 1 to 7", f"{where} {cells}", split))
         elif name != os.path.basename(name) or not os.path.isfile(path):  # ../other.wav is not ours
             problems.append(Problem("missing audio", where, split))
@@ -105,7 +104,7 @@ def read_audio(path, sample_rate=16000, header_only=False):
     """Any file that soundfile reads -> (mono wave (S,) float32, S, its own rate). ValueError with
     file and reason if an encoder at `sample_rate` cannot use it. With `header_only`, PCM WAV is
     judged by header and size, in 0.1 ms, and its wave is None; other files may hide NaN or a
-    damaged block, and are decoded. Their count is given: those of GSM and ADPCM cannot seek."""
+    damaged block, and are decoded."""
     wave = None
     try:  # as bytes, because soundfile encodes text strictly and a name may not be UTF-8
         with soundfile.SoundFile(os.fsencode(path)) as file:
@@ -169,11 +168,6 @@ def load_audio(path, sample_rate=16000):
     return scipy.signal.resample_poly(wave, sample_rate, rate).astype(np.float32, copy=False)
 
 
-def normalise(wave):
-    """Zero mean, unit variance over the true length, before padding, as in Hugging Face's code."""
-    return (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
-
-
 class SpeechDataset(Dataset):
     """Item i: waveform (S,), target (A,) 0 to 1, float32."""
 
@@ -187,7 +181,9 @@ class SpeechDataset(Dataset):
 
     def __getitem__(self, i):
         wave = load_audio(self.utterances[i].path, self.sample_rate)
-        return torch.from_numpy(normalise(wave) if self.normalise else wave), self.targets[i]
+        if self.normalise:  # over the true length, before padding, as Hugging Face's code does
+            wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+        return torch.from_numpy(wave), self.targets[i]
 
 
 def collate(items):
@@ -199,11 +195,8 @@ def collate(items):
 
 def read_ahead(load, items, workers):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
-    items ahead (0: on demand, by the caller). Our choice, threads: nothing is pickled, no shared
-    memory fills up, an error arrives as it is; decoding, checksums and NumPy release the GIL."""
-    if workers < 1:
-        yield from map(load, items)
-        return
+    items ahead. Our choice, threads: nothing is pickled, no shared memory fills up, an error
+    arrives as it is; decoding, checksums and NumPy release the GIL."""
     futures = deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:

@@ -1,6 +1,5 @@
 """A speech encoder with a head that predicts emotion, as `trained(frozen(x))`: freezing, LoRA, two
 kinds of padding, loading and saving (section IV). Everything above `predict` stands alone: copy it.
-As a command:
 
     python model.py predict RUN clip.wav folder/ --csv predictions.csv    # imports data.py
     python model.py export RUN OUT    # a folder that Hugging Face loads
@@ -30,7 +29,7 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
 # what a config.json says, beside the shapes of the weights, that changes a number
 SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act", *DROPOUTS]
-SETTINGS += ["feat_extract_activation", "feat_extract_norm", "do_stable_layer_norm"]
+SETTINGS += ["feat_extract_norm", "feat_extract_activation", "do_stable_layer_norm"]
 SETTINGS += ["max_bucket_distance"]
 MODEL_ARGUMENTS = {"attributes", "dropout", "padding"}
 FREEZE_ARGUMENTS = {"method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout"}
@@ -66,9 +65,8 @@ class EmotionModel(nn.Module):
         self.is_wavlm = encoder.config.model_type == "wavlm"
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
-            if self.is_wavlm:
-                attend = MethodType(wavlm_attention, layer.attention)
-                layer.attention.torch_multi_head_self_attention = attend
+            attend = MethodType(wavlm_attention, layer.attention)
+            layer.attention.torch_multi_head_self_attention = attend  # only WavLM has this method
         if not self.is_wavlm:
             encoder.set_attn_implementation("sdpa")  # which takes the mask as booleans
 
@@ -161,7 +159,7 @@ class EmotionModel(nn.Module):
 
 
 def first_of(output):
-    """Some families' modules return (hidden states, more), others hidden states alone."""
+    """Of a module that returns (hidden states, more) or, in other families, hidden states."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -238,7 +236,7 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
 
 
 def trainable(model):
-    """{name: parameter} of all that is trained, the head included."""
+    """{name: parameter} of all that is trained, head included."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -305,13 +303,6 @@ def build(name, settings):
     return model, audio, digest
 
 
-def load_trainable(model, weights):
-    """Copy saved weights into a model frozen the same way, else ValueError."""
-    if trainable(model).keys() != weights.keys():
-        raise ValueError("the saved weights are of another method or number of layers")
-    model.load_state_dict(weights, strict=False)
-
-
 def read_checkpoint(path, *keys):
     """Entries of a file of train.py. Only tensors are unpickled; ValueError for other files."""
     try:
@@ -330,7 +321,9 @@ def load_run(run, name=None):
     model, audio, digest = build(name, config)
     if digest != config["encoder"]:
         raise ValueError(f"{path} was trained from another encoder than {name} is")
-    load_trainable(model, weights)
+    if trainable(model).keys() != weights.keys():
+        raise ValueError(f"{path} holds the weights of another method or number of layers")
+    model.load_state_dict(weights, strict=False)
     return model.eval(), audio
 
 
@@ -350,10 +343,9 @@ def predict(args):
         found |= {f"{top}/{n}": n for n in names if n.lower().endswith(data.AUDIO_SUFFIXES)}
     utterances = [data.Utterance(name, path, "", "", ()) for path, name in found.items()]
     utterances, problems = data.check_audio(utterances, audio["sample_rate"])
-    if not found:
-        raise ValueError(f"no audio files in {' '.join(args.audio)}")
-    if problems:  # before --csv is touched
-        raise ValueError(f"{problems[0].where}: {problems[0].kind}")
+    if problems or not found:  # before --csv is touched
+        bad = problems[0] if problems else data.Problem("no audio files", " ".join(args.audio), "")
+        raise ValueError(f"{bad.where}: {bad.kind}")
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -379,10 +371,10 @@ def export(args):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
                 setattr(module, name, child.merge())
-    config, labels = model.encoder.config, dict(enumerate(model.attributes))
+    config = model.encoder.config
     config.update({"classifier_proj_size": config.hidden_size, "use_weighted_layer_sum": False})
-    config.update({"problem_type": "regression", "num_labels": len(labels), "id2label": labels})
-    config.label2id = {name: i for i, name in labels.items()}
+    config.problem_type, config.id2label = "regression", dict(enumerate(model.attributes))
+    config.label2id = {name: i for i, name in config.id2label.items()}
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
     exported.classifier.load_state_dict(model.head.state_dict())
@@ -407,9 +399,8 @@ def params(args):
             freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
         prefix = "prefix frozen" if frozen else ""
-        print(
-            f"{method:8}{layers or 'all':>4}{count:13,} {count / total:6.1%} of encoder  {prefix}"
-        )
+        share = f"{count / total:6.1%} of encoder"
+        print(f"{method:8}{layers or 'all':>4}{count:13,} {share}  {prefix}")
 
 
 def main(argv=None):

@@ -296,10 +296,8 @@ def main(argv=None):
         plot(done, tasks, args.plot)
     for table in (results, costs, tests) if args.verbose else (results, costs):
         show(table, args.format)
-    text = [f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached."]
-    many = [row for row in done if row["processes"] > 1]
-    text += [f"Times of {row['processes']} processes: {row['name']}" for row in many]
-    print(*text, sep="\n", file=None if args.format == "text" else sys.stderr)
+    text = f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached."
+    print(text, file=None if args.format == "text" else sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
     torchrun --nproc-per-node 4 train.py --data MSP-Podcast --out runs/partial3    # on four GPUs
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt (all that the next epoch
-depends on), best.pt (the best epoch by Development), predictions-Test1.csv and result.json.
-In comments: B batch (b of it, a chunk), S samples, T frames, D width, A attributes.
+A run folder: config.json, metrics.jsonl, last.pt (all that the next epoch depends on), best.pt (the
+best epoch by Development), predictions-Test1.csv, result.json. In comments: B batch (b of it, a
+chunk), S samples, T frames, D width, A attributes.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def run(args):
     torch.manual_seed(args.seed)
     model, audio, encoder = models.build(args.model, vars(args))
     # a cached run reads no audio, so it inspects none, unless it must skip what filling has skipped
-    how = {"attributes": args.attributes, "inspect": args.skip_bad or not args.cached}
-    how |= {"sample_rate": audio["sample_rate"], "skip_bad": args.skip_bad}
-    utterances = data.load_corpus(args.data, args.splits, **how)
+    how = args.attributes, audio["sample_rate"], args.skip_bad, args.skip_bad or not args.cached
+    utterances = data.load_corpus(args.data, args.splits, *how)
     index = cache.read_index(args.cache, {"encoder": encoder} | audio) if args.cached else None
     datasets = make_datasets(args, model, audio, utterances, index)
     config = describe_run(args, model, utterances, encoder, index)
@@ -90,8 +89,7 @@ def fit(args, model, datasets, config):
         save_epoch(args, config, history, best, model, optimizer, scaler)
         title = f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {args.splits[1]}"
         print(f"{title} {show(scores)}  {middle - start:.1f} s")
-
-    models.load_trainable(model, best["weights"])
+    model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
     if RANK == 0:
         write_predictions(args, test.utterances, predictions)
@@ -180,16 +178,15 @@ def make_batches(dataset, model, args, epoch=None):
     `epoch`, keeps corpus order or, where padding changes nothing, goes from short to long. Lengths
     are in frames: a cached run, which knows no samples, draws the same dropout for an utterance."""
     frames = dataset.lengths if args.cached else [model.frames(n) for n in dataset.lengths]
-    order, size = list(range(len(dataset))), args.batch_size
+    order, size, share = list(range(len(dataset))), args.batch_size, (0, 1)
     if epoch is not None:
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
-        order = torch.randperm(len(dataset), generator=generator).tolist()
+        order, share = torch.randperm(len(order), generator=generator).tolist(), (RANK, PROCESSES)
+        if len(order) % size == 1 and len(order) > 1:
+            order.pop()  # the CCC of one utterance says nothing
     elif args.padding == "exact":
         order.sort(key=frames.__getitem__)
     batches = [order[k : k + size] for k in range(0, len(order), size)]
-    if epoch is not None and len(batches[-1]) == 1 < len(batches):
-        batches.pop()  # the CCC of one utterance says nothing
-    share = (RANK, PROCESSES) if epoch is not None else (0, 1)
     batches = [sorted(rows, key=frames.__getitem__) for rows in batches]
     return [(rows, deal(len(rows), args.chunk or size, *share)) for rows in batches]
 
@@ -296,7 +293,7 @@ def resume(args, config, model, optimizer, scaler):
     if differing:
         what = ", ".join(f"{key} {found.get(key)}, not {config[key]}" for key in sorted(differing))
         raise ValueError(f"{last} is of a run with {what}; give the same, or another --out")
-    models.load_trainable(model, weights)
+    model.load_state_dict(weights, strict=False)
     optimizer.load_state_dict(states[0])
     scaler.load_state_dict(states[1])
     save_epoch(args, config, history, best, model, optimizer, scaler)  # it may have ended half done
@@ -308,19 +305,18 @@ def describe_run(args, model, utterances, encoder, index):
     config = vars(args) | {"layers": args.layers or model.encoder.config.num_hidden_layers}
     rows = sorted([u.name, u.split, *u.labels] for u in utterances)
     config["corpus"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    config |= {"encoder": encoder, "processes": PROCESSES, "cache": None, "fill_seconds": None}
-    if args.cached:
-        config["cache"] = {key: index["fingerprint"][key] for key in ("layer", "dtype")}
-        config["fill_seconds"] = index["seconds"]
+    made = {key: index["fingerprint"][key] for key in ("layer", "dtype")} if index else None
+    config |= {"cache": made, "fill_seconds": index["seconds"] if index else None}
+    config |= {"encoder": encoder, "processes": PROCESSES}
     config["trainable_parameters"] = sum(p.numel() for p in models.trainable(model).values())
     config["total_parameters"] = sum(p.numel() for p in model.parameters())
     config["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers)}
-    config["device"] = f"CPU, {torch.get_num_threads()} threads"
-    config["device_memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device == "cuda":
-        config["device"] = torch.cuda.get_device_name()
-        config["device_memory_bytes"] = torch.cuda.mem_get_info()[1]
-    return config
+        device, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return config | {"device": device, "device_memory_bytes": memory}
 
 
 def show(scores):
@@ -357,8 +353,7 @@ def out_of_memory(error):
 
 
 def demo(folder):
-    """The paper's recommendation, its last 3 layers from a cache, on a synthetic corpus and a tiny
-    random encoder, through the same commands as a real run."""
+    """The paper's recommendation on synthetic speech, by the commands of a real run."""
     corpus, cached, out = (str(Path(folder, name)) for name in ("corpus", "cache", "run"))
     common = ["--data", corpus, "--model", f"{corpus}/encoder", "--layers", "3"]
     if not Path(corpus, "encoder", "preprocessor_config.json").exists():  # written last
@@ -377,10 +372,10 @@ def parse_args(argv):
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
-    names, shown = list(data.SPLITS[:-1]), "to train on, choose the epoch by, test on (section III)"
+    names, shown = data.SPLITS[:-1], "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=shown)
-    names = list(data.ATTRIBUTES)
-    add("--attributes", nargs="+", default=names[:2], choices=names, help="(activation valence)")
+    names = data.ATTRIBUTES
+    add("--attributes", nargs="+", default=data.PAPER, choices=names, help="(activation valence)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")

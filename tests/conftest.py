@@ -112,7 +112,7 @@ def fill(corpus, encoder):
     """fill(folder, *options): cache.py on the tiny corpus."""
 
     def run(folder, *options):
-        arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 0]
+        arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 1]
         cache.main([str(argument) for argument in [*arguments, *options]])
 
     return run
@@ -139,7 +139,7 @@ def launch(corpus, encoder):
 
     def run(folder, *options):
         arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--epochs", 1]
-        arguments += ["--batch-size", 4, "--workers", 0, "--device", "cpu", "--precision", "fp32"]
+        arguments += ["--batch-size", 4, "--workers", 1, "--device", "cpu", "--precision", "fp32"]
         train.main([str(argument) for argument in [*arguments, *options]])
 
     return run

@@ -74,9 +74,9 @@ def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
     alone, in 2 D bytes a true frame (float16; 4 D in float32), and a shard holds nothing else."""
     folder, total = Path(cached(3, dtype)), 0
     hf, stored = models.load_encoder(encoder)[0].eval(), read_cache(folder, corpus)
-    for u in data.read_corpus(corpus)[0]:
-        hidden = stored[u.name]
-        wave = torch.from_numpy(data.normalise(data.load_audio(u.path)))[None]
+    dataset = data.SpeechDataset(data.read_corpus(corpus)[0])
+    for u, (wave, _) in zip(dataset.utterances, dataset, strict=False):
+        hidden, wave = stored[u.name], wave[None]
         expected = hf(wave, output_hidden_states=True).hidden_states[1][0]
         assert hidden.shape == expected.shape and hidden.shape[1] == WIDTH
         assert hidden.nbytes == len(expected) * WIDTH * bytes_a_value

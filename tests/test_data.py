@@ -42,13 +42,14 @@ def check_file(path, sample_rate=16000):
 
 
 @pytest.mark.parametrize("samples", [400, 16001, 50000])
-def test_normalise(samples):
-    """normalise is bitwise what Wav2Vec2FeatureExtractor makes of the same waveform."""
+def test_normalise(samples, tmp_path):
+    """A dataset's waveform is bitwise what Wav2Vec2FeatureExtractor makes of the same."""
     wave = (0.1 * np.random.default_rng(0).normal(size=samples) + 0.02).astype(np.float32)
+    soundfile.write(path := tmp_path / "x.wav", wave, 16000, "FLOAT")
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
     expected = extractor(wave, sampling_rate=16000).input_values[0]
-    assert data.normalise(wave).dtype == np.float32
-    assert np.array_equal(data.normalise(wave), expected)
+    found, _ = data.SpeechDataset([data.Utterance("x", str(path), "Train", "1", (0.5, 0.5))])[0]
+    assert found.dtype == torch.float32 and np.array_equal(found.numpy(), expected)
 
 
 RELEASES = [("Audio", "label/labels_concensus.csv", "Validation", "Test")]  # 1.6
@@ -65,7 +66,7 @@ def test_releases(audio, file, development, test, tmp_path):
     write_corpus(tmp_path, rows, audio, file)
     utterances, problems = data.read_corpus(tmp_path)
     assert problems == [] and [u.name for u in utterances] == [row[0] for row in rows]
-    assert [u.split for u in utterances] == list(data.SPLITS)
+    assert [u.split for u in utterances] == data.SPLITS
     assert [u.labels for u in utterances[:4]] == [(0, 1), (0.5, 0.25), (1, 0.5), (0, 0)]
     assert all(map(math.isnan, utterances[4].labels))
 
@@ -204,7 +205,7 @@ def test_dataset_and_collate(corpus):
         assert len(wave) == lengths[i] and not inputs[i, lengths[i] :].any()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_read_ahead(workers):
     """Results come in order, those before an error too; nothing is loaded further ahead than two
     items a worker, and no thread outlives a consumer that leaves early."""

@@ -40,7 +40,7 @@ WEIGHTS, PICKLED = "encoder/model.safetensors", "encoder/pytorch_model.bin"
 LAYER = "encoder.layers.3.attention.q_proj.weight"
 NOISE = 0.1 * np.random.default_rng(0).normal(size=61 * 16000)  # 61 s
 # the commands of this file; all paths are relative to the test's own folder
-FILL = "cache --data corpus --model encoder --workers 0 --layers 2 --out new"
+FILL = "cache --data corpus --model encoder --workers 1 --layers 2 --out new"
 TRAIN = f"train{FILL[5:]} --device cpu --batch-size 4 --precision fp32 --epochs 2 --seed 3"
 CACHED, RESUME = f"{TRAIN} --cache cache", f"{TRAIN} --out run --resume"
 REFILL, VERIFY = f"{FILL} --out cache", f"{FILL} --out cache --verify"
@@ -173,7 +173,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, FINISHED, "finished/last.pt is of a run with seed 1, not 3; give the same"),
     (None, f"{FINISHED} --seed 1 --epochs 3 --layers 1", "with epochs 2, not 3, layers 2, not 1"),
     (None, f"model predict no --csv {CLIP} {CLIP}", "give a name that ends in .csv"),
-    (None, "model predict run --model encoder cache", "no audio files in cache"),
+    (None, "model predict run --model encoder cache", "cache: no audio files"),
     (lambda: clip(NOISE[:160]), f"{PREDICT} --csv {LABELS}", f"{CLIP}: shorter than 25 ms"),
     (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a name in two"),
     (lambda: os.remove(WEIGHTS), TRAIN, "cannot load "),

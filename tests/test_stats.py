@@ -186,7 +186,7 @@ def test_without_spread_nothing_is_nan(tmp_path, capsys):
 
 def test_rows_that_are_not_pooled(tmp_path, capsys):
     """Caches of another layer or dtype and other numbers of processes are rows of their own, with
-    what tells them apart in their names, and the times of several processes are noted."""
+    what tells them apart in their names."""
     for change in ({}, {"layer": 8}, {"dtype": "float32"}):
         write_row(tmp_path, (0.6, 0.01), cached=True, cache=CACHE | change, **THREE)
     write_row(tmp_path, (0.6, 0.01))
@@ -195,7 +195,6 @@ def test_rows_that_are_not_pooled(tmp_path, capsys):
     pairs = [(9, "float16"), (8, "float16"), (9, "float32")]
     names = [full.format(1), full.format(4), *(cached.format(*pair) for pair in pairs)]
     assert sorted(tables(capsys, tmp_path)[0]) == sorted(names)
-    assert "\nTimes of 4 processes: full fp32 processes=4\n" in text(capsys, tmp_path)
 
 
 def test_attributes_and_links(tmp_path, capsys):
