@@ -1,7 +1,5 @@
-"""A disk cache of the frozen half's output (section IV-C): filled once, read by every run that
-freezes as much.
-
-Everything above `parse_args` stands alone: copy it. As a command, with data.py and model.py:
+"""A disk cache of the frozen half's output (section IV-C), filled once, read by all runs that freeze
+as much. Everything above `parse_args` stands alone: copy it. As a command, with data.py, model.py:
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # fill
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3 --verify    # read all back
@@ -23,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 SHARD_BYTES = 256 * 2**20  # about what an interruption loses: an hour of speech
@@ -89,8 +86,8 @@ def read_index(folder, wanted):
 def checksum(index, name, hidden):
     """CRC-32 of what a cache was made from, an utterance's name and its hidden states (T, D):
     checked at every read, it finds damage, swapped entries, wrong offsets and wrong claims."""
-    start = json.dumps([index["fingerprint"], name], sort_keys=True)
-    return zlib.crc32(hidden.numpy(), zlib.crc32(start.encode()))
+    start = json.dumps([index["fingerprint"], name], sort_keys=True).encode()
+    return zlib.crc32(hidden.numpy(), zlib.crc32(start))
 
 
 def audio_state(path):
@@ -99,22 +96,20 @@ def audio_state(path):
     return [stat.st_size, stat.st_mtime_ns, zlib.crc32(Path(path).read_bytes())]
 
 
-class CachedDataset(Dataset):
-    """Item i: hidden states (T, D) in the cache's dtype, target (A,) float32. `utterances` need
-    name, path and labels; `index` is read_index's. ValueError where an utterance is not in the
-    cache, is not what was written, or its audio file has changed since."""
+class CachedDataset:
+    """Item i: hidden states (T, D) in the cache's dtype, target (A,) float32. Utterances need name,
+    path and labels. ValueError where one is lacking, damaged, or its audio file has changed."""
 
     def __init__(self, folder, utterances, index):
         entries = index["utterances"]
         if lacking := [u.name for u in utterances if u.name not in entries]:
-            what = f"{len(lacking)} utterances, first {lacking[0]}"
-            raise ValueError(f"the cache {folder} lacks {what}; the same cache.py adds them")
+            n, first = len(lacking), lacking[0]
+            raise ValueError(f"{folder} lacks {n} utterances, first {first}; cache.py adds them")
         for u in utterances:
             shard, *_, state = entries[u.name]
             stat = os.stat(u.path)  # read only if its size or time are not the same
             if [stat.st_size, stat.st_mtime_ns] != state[:2] and audio_state(u.path)[2] != state[2]:
-                advice = f"delete {shard} there, and the same cache.py fills it again"
-                raise ValueError(f"{u.path} has changed since {folder} was filled; {advice}")
+                raise ValueError(f"{u.path} has changed; delete {folder}/{shard} and fill again")
         self.folder, self.utterances, self.index = folder, utterances, index
         self.opened = {}  # shards stay mapped, as mapping (.6 ms) takes longer than reading (.3 ms)
         self.lengths = [entries[u.name][2] for u in utterances]  # in frames
@@ -134,9 +129,8 @@ class CachedDataset(Dataset):
             if checksum(self.index, name, hidden) != expected:
                 raise ValueError("wrong checksum")
         except Exception as error:  # whatever a damaged or hostile file makes of the reader
-            reason = f"is damaged ({type(error).__name__}) at utterance {name}"
-            advice = "delete that file, and the same cache.py fills it again"
-            raise ValueError(f"{Path(self.folder, shard)} {reason}; {advice}") from error
+            reason = f"is damaged at utterance {name}; delete it, and cache.py fills it again"
+            raise ValueError(f"{Path(self.folder, shard)} {reason}") from error
         return hidden, self.targets[i]
 
 
@@ -173,8 +167,7 @@ def fill(folder, index, utterances, encode, process=0):
         for utterance, hidden in zip(utterances, encode(utterances), strict=True):
             hidden = hidden.to(dtype, copy=True)
             if not hidden.sum(dtype=torch.float32).isfinite():  # a tenth of isfinite().all()
-                reason = f"NaN, or hidden states beyond the range of {dtype} (--dtype float32)"
-                raise ValueError(f"{utterance.path}: {reason}")
+                raise ValueError(f"{utterance.path}: NaN, or beyond {dtype} (--dtype float32)")
             parts.append((utterance, hidden))
             size += hidden.nbytes
             if size >= SHARD_BYTES or utterance is utterances[-1]:
@@ -206,8 +199,7 @@ def parse_args(argv):
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
     add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
     add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
-    splits = ["Train", "Development", "Test1"]
-    add("--splits", nargs="+", default=splits, help="to cache (Train Development Test1)")
+    add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="(the first three)")
     add("--verify", action="store_true", help="read all back and compare it with its checksums")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
@@ -221,8 +213,7 @@ def main(argv=None):
     args = parse_args(argv)
     how = {"method": "partial", "layers": args.layers, "freeze_prefix": True}
     model, audio, encoder = build(args.model, how)
-    sample_rate = audio["sample_rate"]
-    utterances = data.load_corpus(args.data, args.splits, (), sample_rate, args.skip_bad)
+    utterances = data.load_corpus(args.data, args.splits, (), audio["sample_rate"], args.skip_bad)
     fingerprint = {"encoder": encoder, "layer": model.cut, "dtype": args.dtype, **audio}
     index = {"fingerprint": fingerprint, "seconds": 0.0, "utterances": {}}
     if args.verify or any(Path(args.out).glob("index*.json")):
@@ -230,13 +221,12 @@ def main(argv=None):
     held = index["utterances"].keys()
     if args.verify:
         if n := verify(args.out, index, utterances):
-            advice = "delete the shards named above and run the same without --verify"
-            raise ValueError(f"{args.out} has {n} defects; {advice}")
+            raise ValueError(f"{args.out} has {n} defects; delete the shards named, and fill again")
         return print(f"{args.out}: all {len(utterances)} utterances are intact")
-    print(f"{describe(model.encoder, audio)}; layer {model.cut}")
     CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # none has changed?
     frames = sum(model.frames(u.samples) for u in utterances if u.name not in held)
     needed = frames * model.encoder.config.hidden_size * DTYPES[args.dtype].itemsize
+    print(f"{describe(model, audio)}; layer {model.cut}: {needed / 1e9:.3g} GB to fill")
     # torchrun's words, or a job array's; dealt by the corpus, as processes may start one by one
     process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     lacking = [u for u in utterances[process::processes] if u.name not in held]
@@ -251,12 +241,9 @@ def main(argv=None):
 
     with lock(args.out, f".lock-{process}" if process else ".lock"):
         if needed > (free := shutil.disk_usage(args.out).free):
-            sizes = f"needs {needed / 1e9:.3g} GB more, its disk has {free / 1e9:.3g} GB free"
-            raise OSError(f"{args.out} {sizes}; give a larger disk, or --dtype float16")
+            raise OSError(f"{args.out} needs {needed / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
         fill(args.out, index, lacking, encode, process)
-    size = sum(path.stat().st_size for path in Path(args.out).glob("shard-*.pt")) / 1e9
-    seconds = index["seconds"]
-    print(f"{args.out}: {len(lacking)} utterances added; {size:.3g} GB, filled in {seconds:.0f} s")
+    print(f"{args.out}: {len(lacking)} utterances added; filled in {index['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,15 @@ import scipy.signal
 import soundfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 # the last release's name first; 1.6 to 1.9 have others
-LABEL_FILES = ["Labels/labels_consensus.csv", "labels/labels_consensus.csv"]
-LABEL_FILES += ["Labels/labels_concensus.csv", "labels/labels_concensus.csv"]
-LABEL_FILES += ["label/labels_concensus.csv"]
+LABEL_FOLDERS = ["Labels", "labels", "Label", "label"]
+LABEL_FILES = [f"{folder}/labels_con{c}ensus.csv" for c in "sc" for folder in LABEL_FOLDERS]
 AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
 PAPER = ["activation", "valence"]  # the attributes that the paper predicts
 SPLITS = ["Train", "Development", "Test1", "Test2", "Test3"]  # Test3's labels are withheld
+LABEL = re.compile(r"[1-6](\.\d*)?|7(\.0*)?")
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # 1.6 and 1.8
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
@@ -56,20 +55,15 @@ class Problem(NamedTuple):
 
 def find(root, names):
     """Path of the first of some names that is under `root`."""
-    for name in names:
-        if os.path.exists(os.path.join(root, name)):
-            return os.path.join(root, name)
+    for path in (os.path.join(root, name) for name in names):
+        if os.path.exists(path):
+            return path
     raise FileNotFoundError(f"{root} is no corpus: it has no {names[0]}")
 
 
-def unit_label(cell):
-    """A label's text, 1 to 7 -> float 0 to 1 (section III); NaN for anything else."""
-    return (float(cell) - 1) / 6 if re.fullmatch(r"[1-6](\.\d*)?|7(\.0*)?", cell) else math.nan
-
-
 def read_corpus(root, attributes=PAPER):
-    """All usable rows of a label file -> ([Utterance], [Problem]: a row that isn't usable). OSError
-    or ValueError where the corpus cannot be read at all, or lacks the column of an attribute."""
+    """All rows of a label file -> ([Utterance], [Problem]: a row that cannot be used). OSError or
+    ValueError where the corpus cannot be read at all, or lacks the column of an attribute."""
     table, audio = find(root, LABEL_FILES), find(root, AUDIO_FOLDERS)
     columns = ["FileName", "SpkrID", "Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
     try:
@@ -84,7 +78,8 @@ def read_corpus(root, attributes=PAPER):
     utterances, problems, seen = [], [], set()
     for line, name, speaker, split, *cells in rows:
         split, path = OLD_SPLITS.get(split, split), os.path.join(audio, name)
-        labels = tuple(map(unit_label, cells))
+        # 1 to 7 become 0 to 1 (section III), anything else NaN
+        labels = tuple((float(c) - 1) / 6 if LABEL.fullmatch(c) else math.nan for c in cells)
         where = f"line {line}: {name!r}"  # quoted: a name may hold anything
         if split not in SPLITS:
             problems.append(Problem("unknown split", f"{where} {split!r}", ""))
@@ -103,8 +98,7 @@ def read_corpus(root, attributes=PAPER):
 def read_audio(path, sample_rate=16000, header_only=False):
     """Any file that soundfile reads -> (mono wave (S,) float32, S, its own rate). ValueError with
     file and reason if an encoder at `sample_rate` cannot use it. With `header_only`, PCM WAV is
-    judged by header and size, in 0.1 ms, and its wave is None; other files may hide NaN or a
-    damaged block, and are decoded."""
+    judged by header and size, in 0.1 ms, and its wave is None; others are decoded."""
     wave = None
     try:  # as bytes, because soundfile encodes text strictly and a name may not be UTF-8
         with soundfile.SoundFile(os.fsencode(path)) as file:
@@ -162,13 +156,12 @@ def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=Fals
 
 
 def load_audio(path, sample_rate=16000):
-    """Any file that soundfile reads -> mono float32 (S,) at `sample_rate`: channels averaged, then
-    polyphase resampling (equal rates: as it is). ValueError naming the file."""
+    """Any file that soundfile reads -> mono float32 (S,) at `sample_rate`, by polyphase filtering."""
     wave, _, rate = read_audio(path, sample_rate)
     return scipy.signal.resample_poly(wave, sample_rate, rate).astype(np.float32, copy=False)
 
 
-class SpeechDataset(Dataset):
+class SpeechDataset:
     """Item i: waveform (S,), target (A,) 0 to 1, float32."""
 
     def __init__(self, utterances, sample_rate=16000, normalise=True):
@@ -236,8 +229,8 @@ def synthesize(activation, valence, voice, rng, sample_rate=16000):
 
 
 def write_demo(root, seed=0, speakers=SPEAKERS):
-    """A corpus in the MSP-Podcast layout, no speaker in two splits. The labels are what the sound
-    was made from (dominance: a mixture of both) plus noise, on the scale 1 to 7."""
+    """A corpus in the MSP-Podcast layout, labelled with what its sound was made from, plus noise
+    (dominance: a mixture of both). No speaker is in two splits."""
     rng, dominance_rng = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     Path(root, "Audios").mkdir(parents=True, exist_ok=True)
     Path(root, "Labels").mkdir(exist_ok=True)

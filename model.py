@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 from glob import glob
 from pathlib import Path
@@ -39,11 +38,10 @@ class EmotionModel(nn.Module):
     """An encoder of transformers (one of FAMILIES), mean pooling, dropout and a linear head with a
     column an attribute (section IV-A).
 
-    padding "paper": inputs are zero-padded to the longest of the batch, nothing is masked, and the
-                     mean is over padded frames too (IV-B): a prediction depends on its batch.
-            "exact": the CNN sees each waveform alone where it normalises over time; padded frames
-                     are zero before the positional convolution, masked in attention and not in the
-                     mean: batched = alone.
+    "paper" padding: inputs are zero-padded to the longest of the batch, nothing is masked, and the
+        mean is over padded frames too (IV-B), so a prediction depends on its batch.
+    "exact": the CNN sees each waveform alone where it normalises over time; padded frames are zero
+        before the positional convolution, masked in attention, not in the mean: batched = alone.
 
     `frozen` is all before `cut`, `trained` the rest; a cache is a stored `frozen`. `cut` is the
     transformer layer of the first trainable parameter, or None where only the CNN is frozen
@@ -104,8 +102,7 @@ class EmotionModel(nn.Module):
         return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
 
     def embed(self, features, mask):
-        """Projection, positional convolution and, in base models, LayerNorm: (B, T, C) -> hidden
-        states before layer 0 (B, T, D)."""
+        """Projection, positional convolution, in base models LayerNorm: (B, T, C) -> (B, T, D)."""
         encoder = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features))
         if mask is not None:
@@ -129,9 +126,9 @@ class EmotionModel(nn.Module):
 
     @torch.no_grad()
     def frozen(self, wave, samples):
-        """All before the first trainable parameter: wave (B, S) float, samples B ints -> hidden
-        states before layer `cut` (B, T, D) or, if `cut` is None, the CNN's features (B, T, C);
-        frames, B ints. Lengths stay plain ints, so nothing waits for a GPU to tell them."""
+        """Wave (B, S) float, samples B ints -> hidden states before layer `cut` (B, T, D) or, if
+        `cut` is None, the CNN's features (B, T, C); frames, B ints. All of it is frozen. Lengths
+        stay plain ints, so nothing waits for a GPU to tell them."""
         frames = [self.frames(n) for n in samples]
         features = self.features(wave, samples)
         if self.cut is None:
@@ -140,8 +137,7 @@ class EmotionModel(nn.Module):
         return self.run_layers(self.embed(features, mask), mask, 0, self.cut), frames
 
     def trained(self, hidden, frames):
-        """All from the first trainable parameter on: what `frozen` returns -> (B, A), a column an
-        attribute, on the scale 0 to 1, unbounded."""
+        """What `frozen` returns -> (B, A), a column an attribute, on the scale 0 to 1, unbounded."""
         mask = self.mask(hidden, frames)
         if self.cut is None:
             hidden = self.embed(hidden, mask)
@@ -149,9 +145,8 @@ class EmotionModel(nn.Module):
         if self.norm_last:
             hidden = self.encoder.encoder.layer_norm(hidden)
         if mask is None:
-            pooled = hidden.mean(1)  # (B, D)
-        else:
-            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            return self.head(self.dropout(hidden.mean(1)))
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
         return self.head(self.dropout(pooled))
 
     def forward(self, wave, samples):
@@ -177,9 +172,8 @@ def wavlm_attention(attention, hidden, mask, position_bias):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B: rank 8,
-    alpha 16, dropout .1). A, lora_a (rank, in), starts random, B, lora_b (out, rank), at zero:
-    until the first step the output is the base's."""
+    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B). A, lora_a
+    (rank, in), starts random, B, lora_b (out, rank), at zero: at first the output is the base's."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
@@ -254,12 +248,12 @@ def from_pretrained(auto, name, **options):
 
 def load_encoder(name):
     """Hub id or local folder -> (encoder in float32, {"sample_rate": Hz, "normalise": bool} of its
-    own preprocessor). ValueError for what no row can be trained from, OSError if nothing loads."""
+    preprocessor). ValueError for what no row can be trained from, OSError if nothing loads."""
     config = from_pretrained(transformers.AutoConfig, name)
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
     if odd or config.model_type not in FAMILIES:
-        what, families = " ".join([config.model_type, *odd]), ", ".join(FAMILIES)
-        raise ValueError(f"{name}: {what} is not supported; {families} are")
+        what = " ".join([config.model_type, *odd])
+        raise ValueError(f"{name}: {what} is not one of {', '.join(FAMILIES)}")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     encoder, report = from_pretrained(transformers.AutoModel, name, **options)
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -274,12 +268,13 @@ def load_encoder(name):
     return encoder, {"sample_rate": audio.sampling_rate, "normalise": bool(audio.do_normalize)}
 
 
-def describe(encoder, audio):
-    """One line: what was loaded."""
-    config, size = encoder.config, sum(p.numel() for p in encoder.parameters())
+def describe(model, audio):
+    """One line: what was loaded, and how much of it is trained."""
+    config, size = model.encoder.config, sum(p.numel() for p in model.parameters())
     shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {size:,} parameters"
+    trained = sum(p.numel() for p in trainable(model).values())
     settings = audio | {key: getattr(config, key) for key in DROPOUTS}
-    return f"{config.model_type}: {shape}, {settings}"
+    return f"{config.model_type}: {shape}, {trained:,} of them trained, {settings}"
 
 
 def identity(encoder):
@@ -294,8 +289,7 @@ def identity(encoder):
 
 
 def build(name, settings):
-    """load_encoder's, and of `settings` the arguments of EmotionModel and freeze -> (EmotionModel,
-    audio settings, identity of the encoder)."""
+    """Of `settings` the arguments of EmotionModel and freeze -> (model, audio settings, identity)."""
     encoder, audio = load_encoder(name)
     digest, given = identity(encoder), settings.keys()
     model = EmotionModel(encoder, **{k: settings[k] for k in MODEL_ARGUMENTS & given})
@@ -329,11 +323,9 @@ def load_run(run, name=None):
 
 @torch.no_grad()
 def predict(args):
-    """Print FileName, each attribute on the scale 1 to 7, and each on 0 to 1, a line as soon as it
-    is known. Each file is predicted alone, so no prediction depends on another."""
+    """Print FileName, each attribute on the scale 1 to 7, and on 0 to 1: a file alone at a time."""
     import data  # the command's own need, not the part to copy
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a word
     if args.csv and Path(args.csv).suffix != ".csv":  # not to overwrite audio by a mistyped line
         raise ValueError(f"--csv {args.csv}: give a name that ends in .csv")
     model, audio = load_run(args.run, args.model)
@@ -362,15 +354,14 @@ def predict(args):
 
 
 def export(args):
-    """Save a run as Hugging Face's sequence classification model of its family, with the identity
-    as projector and logits on the scale 0 to 1. LoRA is merged."""
+    """Save a run as Hugging Face's sequence classification model, with logits on the scale 0 to 1."""
     model, audio = load_run(args.run, args.model)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} exists and is not empty; give a new folder")
-    for module in list(model.encoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(module, name, child.merge())
+    for attention in [layer.attention for layer in model.encoder.encoder.layers]:
+        for name in ("q_proj", "v_proj"):
+            if isinstance(lora := getattr(attention, name), LoRALinear):
+                setattr(attention, name, lora.merge())
     config = model.encoder.config
     config.update({"classifier_proj_size": config.hidden_size, "use_weighted_layer_sum": False})
     config.problem_type, config.id2label = "regression", dict(enumerate(model.attributes))

@@ -23,8 +23,8 @@ from scipy import stats
 # Runs that agree in all of ROW are seeds of one row; the rows of one table agree in all of SAME.
 ROW = ["method", "layers", "precision", "padding", "cached", "cache_layer", "cache_dtype"]
 ROW += ["freeze_prefix", "chunk", "recompute", "processes", "rank", "alpha", "lora_dropout"]
-LEVEL = 0.05  # of significance (section V)
 SAME = ["epochs", "batch_size", "lr", "dropout", "attributes", "splits", "encoder", "corpus"]
+LEVEL = 0.05  # of significance (section V)
 LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "%": r"\%", "_": r"\_"}
 LATEX = str.maketrans(LATEX | {"✓": r"$\surd$", "✗": r"$\times$"})
 
@@ -104,8 +104,8 @@ def group_rows(runs):
 
 
 def find_other(row, rows, twin):
-    """What a row is compared with, or None: full fp32 (section V) or its `twin`, the same uncached,
-    which trains more (see model.freeze), or else --freeze-prefix. Of several, the most alike."""
+    """What a row is compared with, or None: full fp32 (section V) or its `twin`, the same uncached
+    or else with --freeze-prefix. Of several, the most alike."""
     same = ("method", "layers", "precision", "rank", "alpha", "lora_dropout", "padding")
     found = [r for r in rows if short_name(r) == "full fp32"]
     if twin:
@@ -206,10 +206,8 @@ def show(table, form):
 
 def plot(rows, tasks, path):
     """CCC against training time, a panel an attribute; bars are one sd over seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure  # optional: pip install matplotlib
+
     figure, colors = Figure(figsize=(9, 4.5 * len(tasks)), layout="constrained"), {}
     for task, axes in zip(tasks, figure.subplots(len(tasks), squeeze=False).flat, strict=True):
         axes.set(xlabel="training time (h)", ylabel=f"{task} CCC")
@@ -219,8 +217,8 @@ def plot(rows, tasks, path):
             color = colors.setdefault(kind, f"C{len(colors)}")
             marker = {"full": "$F$", "lora": "$L$"}.get(row["method"], f"${row['layers']}$")
             x, y = row["train_hours"], row[task]
-            place = (x.mean(), y.mean(), y.std(ddof=1), x.std(ddof=1))
-            axes.errorbar(*place, marker=marker, ms=10, lw=0.7, color=color, label=label)
+            point = x.mean(), y.mean(), y.std(ddof=1), x.std(ddof=1)
+            axes.errorbar(*point, marker=marker, ms=10, lw=0.7, color=color, label=label)
     figure.legend(title="1 2 3: last layers\nF: full   L: LoRA", loc="outside right upper")
     figure.savefig(path, dpi=100)
 
@@ -296,12 +294,12 @@ def main(argv=None):
         plot(done, tasks, args.plot)
     for table in (results, costs, tests) if args.verbose else (results, costs):
         show(table, args.format)
-    text = f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached."
-    print(text, file=None if args.format == "text" else sys.stderr)
+    if args.format == "text":
+        print(f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached.")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
+    except (ValueError, OSError, ImportError) as error:  # bad input: one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")

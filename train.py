@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -50,8 +49,7 @@ def run(args):
     index = cache.read_index(args.cache, {"encoder": encoder} | audio) if args.cached else None
     datasets = make_datasets(args, model, audio, utterances, index)
     config = describe_run(args, model, utterances, encoder, index)
-    trained, total = config["trainable_parameters"], config["total_parameters"]
-    print(f"{models.describe(model.encoder, audio)}; {trained:,} of {total:,} are trained")
+    print(models.describe(model, audio))
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         try:
             fit(args, model.to(args.device), datasets, config)
@@ -82,7 +80,7 @@ def fit(args, model, datasets, config):
         line = {"epoch": epoch, "loss": loss, "dev": scores, "train_seconds": middle - start}
         line["eval_seconds"] = time.perf_counter() - middle
         history.append(line | {"peak_memory_bytes": peak_memory(args.device)})
-        # the highest mean CCC over all of Development, the first of equals: our choice
+        # the highest mean CCC over all of Development (our choice), the first of equals
         if not best or sum(scores.values()) > sum(best["dev"].values()):
             weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
             best = {"epoch": epoch, "dev": scores, "weights": weights}
@@ -136,9 +134,9 @@ def predict(model, chunks, device, cached=False, recompute=False):
 
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
     the loss: its chunks, each padded to its own longest only, go through the model one by one, and
-    their predictions come back together. In "exact" padding they are those of the whole batch. With
-    `recompute` what a chunk's `trained` half computes is dropped and computed again in the backward
-    pass, dropout alike: peak memory is one chunk's.
+    their predictions, in "exact" padding those of the whole batch, come back together. `recompute`
+    drops what `trained` computes and does it again, dropout alike, in the backward pass: peak
+    memory is one chunk's.
     """
     predictions = [torch.zeros(0, len(model.attributes), device=device)]  # B may be 0
     for inputs, lengths in chunks:
@@ -204,15 +202,14 @@ def deal(n, chunk, rank=0, processes=1):
 
 
 def load_batch(dataset, args, batch):
-    """(rows, chunks) of make_batches -> rows, this process's positions in them, and its chunks, as
-    `predict` takes them."""
+    """An item of make_batches -> rows, this process's positions in them, chunks for `predict`."""
     (rows, chunks), loaded = batch, []
     for positions, chunk in chunks:
         inputs, lengths, _ = data.collate([dataset[rows[p]] for p in positions])
         # in paper padding to the longest of the chunk, even if another process predicts that
         extra = max(dataset.lengths[rows[p]] for p in chunk) - inputs.shape[1]
         if args.padding == "paper" and extra:
-            inputs = F.pad(inputs, [0, 0] * (inputs.dim() - 2) + [0, extra])
+            inputs = torch.nn.functional.pad(inputs, [0, 0] * (inputs.dim() - 2) + [0, extra])
         if args.device == "cuda":
             inputs = inputs.pin_memory()  # so that copying it need not wait
         loaded.append((inputs, lengths))
@@ -242,8 +239,7 @@ def gather(predictions, mine, n):
 
 
 def sum_gradients(optimizer):
-    """Sum every gradient over processes, None as zeros; before scaler.step, so that all find the
-    same infinities."""
+    """Sum every gradient over processes; before scaler.step, so that all find its infinities."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -251,8 +247,7 @@ def sum_gradients(optimizer):
 
 
 def make_datasets(args, model, audio, utterances, index):
-    """{split: dataset}. With a cache, `model.cut` moves to its layer: layers between that and the
-    first trained one run frozen."""
+    """{split: dataset}. With a cache, `model.cut` moves to its layer: those after it run frozen."""
     parts = {split: [u for u in utterances if u.split == split] for split in args.splits}
     if not args.cached:
         return {split: data.SpeechDataset(part, **audio) for split, part in parts.items()}
@@ -277,8 +272,8 @@ def save_epoch(args, config, history, best, model, optimizer, scaler):
 
 
 def resume(args, config, model, optimizer, scaler):
-    """With --resume, put all back as it was after the last finished epoch -> history and best, as
-    `fit` has them. ValueError if what --out holds is damaged or another run's."""
+    """With --resume, put all back as it was after the last finished epoch -> history and best.
+    ValueError if what --out holds is damaged or another run's."""
     last = Path(args.out, "last.pt")
     if not (last.exists() or Path(args.out, "best.pt").exists()):
         return [], None
@@ -347,7 +342,7 @@ def peak_memory(device):
 
 
 def out_of_memory(error):
-    """Whether an exception says, in the words of a CPU or a CUDA library, that memory is full."""
+    """Whether an exception says, in a library's words, that memory is full."""
     words = "out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
@@ -365,7 +360,7 @@ def demo(folder):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument_group("what to run").add_argument
+    add = parser.add_argument
     add("--demo", action="store_true", help="all once, on synthetic speech, in demo/ or --out")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")

@@ -185,20 +185,24 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: (os.remove(WEIGHTS), torch.save(EVIL, PICKLED)), FILL, "cannot load "),
     (lambda: torch.save(EVIL, "run/best.pt"), PREDICT, "run/best.pt: no file, damaged, or not"),
     (lambda: torch.save(EVIL, "run/last.pt"), RESUME, "run/last.pt: no file, damaged, or not "),
-    (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"{SHARD} is damaged (UnpicklingErr"),
-    (lambda: shutil.copy("cache/shard-00000.pt", SHARD), CACHED + LATE, f"{SHARD} is damaged ("),
-    (lambda: replace(b'r": 2', b'r": 1', INDEX), CACHED + LATE, " is damaged (ValueError) at utt"),
+    (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"{SHARD} is damaged at utterance u"),
+    (
+        lambda: shutil.copy("cache/shard-00000.pt", SHARD),
+        CACHED + LATE,
+        f"{SHARD} is damaged at utterance u",
+    ),
+    (lambda: replace(b'r": 2', b'r": 1', INDEX), CACHED + LATE, " is damaged at utterance u"),
     (None, f"{TRAIN} --cache new", "new is no cache: no index.json"),
     (weights, CACHED, "the cache cache was made with another encoder"),
     (None, f"{REFILL} --dtype float32 --layers 1", "layer 2, not 3; dtype float16, not float32"),
     (None, f"{CACHED} --layers 3", "cache is for fewer layers than 3; fill one with --layers 3"),
     (lambda: os.remove(SHARD), CACHED, " utterances, first u"),
-    (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed since cache was filled; delete sha"),
+    (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed; delete cache/shard-00000.pt"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "line", "fragment"), BAD, ids=[row[2] for row in BAD])
+@pytest.mark.parametrize(("spoil", "line", "fragment"), BAD, ids=range(len(BAD)))
 def test_bad_input(spoil, line, fragment, refused):
     """Every bad input is refused in one line that says what is wrong, with status 2; no file is
     lost or made, no code of it is run."""
@@ -242,7 +246,7 @@ def test_verify_names_them(spoil, refused):
     again, their shard is equal in every byte."""
     entries, content = json.loads(Path(INDEX).read_text())["utterances"], Path(SHARD).read_bytes()
     spoil(SHARD)
-    out = refused(VERIFY, "defects; delete the shards named above")
+    out = refused(VERIFY, "defects; delete the shards named")
     assert re.findall(r"u\d\d.wav", out) == [n for n in entries if entries[n][0] in SHARD]
     Path(SHARD).unlink(missing_ok=True)
     for line in (REFILL, VERIFY):
@@ -295,7 +299,7 @@ def test_full_disk(refused, monkeypatch):
     file's name, nothing half written, and what the same command completes."""
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=999)))
-        refused(FILL + LATE, "GB more, ")
+        refused(FILL + LATE, " GB free")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for line, size, file in ((FILL, 1000, "shard-00000.pt"), (AGAIN, 20000, "last.pt")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -366,11 +370,11 @@ def test_real_processes(world):
             call(line)
         process.send_signal(signal.SIGINT)
     errors = [process.communicate(timeout=60)[1] for process in started]
-    assert [process.returncode for process in started] == [130, 130, -signal.SIGPIPE, 2]
+    assert [process.returncode for process in started] == [130, 130, 2, 2]
     last = [error.splitlines()[-1] for error in errors[:2]]
     assert last[0] == "interrupted: the same line with --resume continues"
     assert last[1] == "interrupted: the same line adds what is missing"
-    assert "Traceback" not in "".join(errors) and "Broken pipe" not in errors[2]
+    assert "Traceback" not in "".join(errors) and errors[2].endswith("Broken pipe\n")
     assert errors[3] == "error: [Errno 2] No such file or directory: 'no.csv'\n"
 
 
