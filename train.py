@@ -445,4 +445,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # bad input: one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "interrupted: the same line with --resume continues\n")
+        argparse.ArgumentParser().exit(130, "\ninterrupted: continue it with --resume\n")

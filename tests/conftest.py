@@ -2,6 +2,8 @@
 encoder, helpers."""
 
 import csv
+import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +81,16 @@ def read_cache(folder, corpus):
     held = [u for u in data.read_corpus(corpus)[0] if u.name in index["utterances"]]
     dataset = cache.CachedDataset(folder, held, index)
     return {u.name: dataset[i][0] for i, u in enumerate(held)}
+
+
+def state(folder):
+    """All that a run holds, as text to compare bitwise; without times, memory and its folder."""
+    last, best = (torch.load(Path(folder, f"{k}.pt"), weights_only=True) for k in ("last", "best"))
+    text = json.dumps([last, best], default=torch.Tensor.tolist)
+    for name in ("result.json", "metrics.jsonl", "predictions-Test1.csv"):
+        text += Path(folder, name).read_text()
+    apart = r'"(train_seconds|eval_seconds|peak_memory_bytes|out|resume)": [^,}]+'
+    return re.sub(apart, "", text)
 
 
 def read_csv(path):
