@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,19 @@ def check_audio(utterances, sample_rate=16000):
     return good, problems
 
 
+def find_audio(paths):
+    """Unlabelled utterances of files, and of all audio in folders, whose name is its path there."""
+    found = []
+    for top in paths:
+        inside = sorted(glob("**", root_dir=top, recursive=True))
+        names = [name for name in inside if name.lower().endswith(AUDIO_SUFFIXES)]
+        pairs = [(name, f"{top}/{name}") for name in names] if os.path.isdir(top) else [(top, top)]
+        found += [Utterance(name, path, "", "", ()) for name, path in pairs]
+    if not found:
+        raise ValueError(f"{' '.join(paths)}: no audio files")
+    return found
+
+
 def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=False, inspect=True):
     """The usable utterances of some splits of a corpus, their audio inspected if `inspect`.
     ValueError, or with `skip_bad` a line, if any are unusable."""
@@ -156,7 +170,8 @@ def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=Fals
 
 
 def load_audio(path, sample_rate=16000):
-    """Any file that soundfile reads -> mono float32 (S,) at `sample_rate`, by polyphase filtering."""
+    """Any file that soundfile reads -> mono float32 (S,) at `sample_rate`: channels averaged, then
+    polyphase resampling. ValueError naming the file."""
     wave, _, rate = read_audio(path, sample_rate)
     return scipy.signal.resample_poly(wave, sample_rate, rate).astype(np.float32, copy=False)
 

@@ -12,9 +12,7 @@ import csv
 import hashlib
 import json
 import math
-import os
 import sys
-from glob import glob
 from pathlib import Path
 from types import MethodType
 
@@ -27,11 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
 # what a config.json says, beside the shapes of the weights, that changes a number
-SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act", *DROPOUTS]
-SETTINGS += ["feat_extract_norm", "feat_extract_activation", "do_stable_layer_norm"]
-SETTINGS += ["max_bucket_distance"]
-MODEL_ARGUMENTS = {"attributes", "dropout", "padding"}
-FREEZE_ARGUMENTS = {"method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout"}
+SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act"]
+SETTINGS += ["feat_extract_activation", "feat_extract_norm", "do_stable_layer_norm"]
+SETTINGS += ["max_bucket_distance", *DROPOUTS]
 
 
 class EmotionModel(nn.Module):
@@ -104,7 +100,8 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Projection, positional convolution, in base models LayerNorm: (B, T, C) -> (B, T, D)."""
         encoder = self.encoder.encoder
-        hidden = first_of(self.encoder.feature_projection(features))
+        hidden = self.encoder.feature_projection(features)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
         if mask is not None:
             # the projection's bias is in padded frames too, and the convolution would carry it into
             # true ones; alone, an utterance has zeros there: the convolution's own padding
@@ -121,7 +118,8 @@ class EmotionModel(nn.Module):
         if mask is not None:
             mask = mask[:, None, None]  # (B, heads, queries, keys)
         for layer in layers[first:last]:
-            hidden = first_of(layer(hidden, attention_mask=mask, **more))
+            hidden = layer(hidden, attention_mask=mask, **more)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
         return hidden
 
     @torch.no_grad()
@@ -151,11 +149,6 @@ class EmotionModel(nn.Module):
 
     def forward(self, wave, samples):
         return self.trained(*self.frozen(wave, samples))
-
-
-def first_of(output):
-    """Of a module that returns (hidden states, more) or, in other families, hidden states."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def wavlm_attention(attention, hidden, mask, position_bias):
@@ -242,8 +235,8 @@ def from_pretrained(auto, name, **options):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign or damaged folder makes of the reader
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        hint = " Without network, give a downloaded folder." if "connect" in reason else ""
-        raise OSError(f"cannot load {name}: {reason}{hint}") from error
+        reason += " Or give a downloaded folder." if "connect" in reason else ""  # no network
+        raise OSError(f"cannot load {name}: {reason}") from error
 
 
 def load_encoder(name):
@@ -279,8 +272,8 @@ def describe(model, audio):
 
 def identity(encoder):
     """SHA-256 of all that an encoder's numbers come from: its weights and its configuration."""
-    settings = json.dumps([getattr(encoder.config, key, None) for key in SETTINGS])
-    digest = hashlib.sha256(settings.encode())
+    settings = {key: getattr(encoder.config, key, None) for key in SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
             digest.update(name.encode())
@@ -291,9 +284,10 @@ def identity(encoder):
 def build(name, settings):
     """Of `settings` the arguments of EmotionModel and freeze -> (model, audio settings, identity)."""
     encoder, audio = load_encoder(name)
-    digest, given = identity(encoder), settings.keys()
-    model = EmotionModel(encoder, **{k: settings[k] for k in MODEL_ARGUMENTS & given})
-    freeze(model, **{k: settings[k] for k in FREEZE_ARGUMENTS & given})
+    digest = identity(encoder)
+    pick = lambda *keys: {key: settings[key] for key in keys if key in settings}
+    model = EmotionModel(encoder, **pick("attributes", "dropout", "padding"))
+    freeze(model, **pick("method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout"))
     return model, audio, digest
 
 
@@ -329,15 +323,9 @@ def predict(args):
     if args.csv and Path(args.csv).suffix != ".csv":  # not to overwrite audio by a mistyped line
         raise ValueError(f"--csv {args.csv}: give a name that ends in .csv")
     model, audio = load_run(args.run, args.model)
-    found = {top: top for top in args.audio if not os.path.isdir(top)}  # {path: FileName}
-    for top in filter(os.path.isdir, args.audio):  # FileName as in a label file; links are followed
-        names = sorted(glob("**", root_dir=top, recursive=True))
-        found |= {f"{top}/{n}": n for n in names if n.lower().endswith(data.AUDIO_SUFFIXES)}
-    utterances = [data.Utterance(name, path, "", "", ()) for path, name in found.items()]
-    utterances, problems = data.check_audio(utterances, audio["sample_rate"])
-    if problems or not found:  # before --csv is touched
-        bad = problems[0] if problems else data.Problem("no audio files", " ".join(args.audio), "")
-        raise ValueError(f"{bad.where}: {bad.kind}")
+    utterances, problems = data.check_audio(data.find_audio(args.audio), audio["sample_rate"])
+    if problems:  # before --csv is touched
+        raise ValueError(f"{problems[0].where}: {problems[0].kind}")
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -389,9 +377,8 @@ def params(args):
             total = sum(p.numel() for p in model.encoder.parameters())
             freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
-        prefix = "prefix frozen" if frozen else ""
-        share = f"{count / total:6.1%} of encoder"
-        print(f"{method:8}{layers or 'all':>4}{count:13,} {share}  {prefix}")
+        name = f"{method} {layers or 'all'}" + (", prefix frozen" if frozen else "")
+        print(f"{count:12,}  {count / total:6.1%} of the encoder  {name}")
 
 
 def main(argv=None):

@@ -21,8 +21,8 @@ import numpy as np
 from scipy import stats
 
 # Runs that agree in all of ROW are seeds of one row; the rows of one table agree in all of SAME.
-ROW = ["method", "layers", "precision", "padding", "cached", "cache_layer", "cache_dtype"]
-ROW += ["freeze_prefix", "chunk", "recompute", "processes", "rank", "alpha", "lora_dropout"]
+ROW = ["method", "layers", "precision", "padding", "cached", "cache", "freeze_prefix", "chunk"]
+ROW += ["recompute", "processes", "rank", "alpha", "lora_dropout"]
 SAME = ["epochs", "batch_size", "lr", "dropout", "attributes", "splits", "encoder", "corpus"]
 LEVEL = 0.05  # of significance (section V)
 LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "%": r"\%", "_": r"\_"}
@@ -51,8 +51,6 @@ def read_runs(tops):
             raise ValueError(f"{folder}: unfinished; give its train.py line again, with --resume")
         run = json.loads(path.read_text()) | {"folder": folder}
         try:
-            cache = run["cache"] or {"layer": None, "dtype": None}
-            run |= {"cache_layer": cache["layer"], "cache_dtype": cache["dtype"]}
             run["peak_gb"] = run["peak_memory_bytes"] / 1e9
             run["card_gb"] = run["device_memory_bytes"] / 1e9
             if not run["out_of_memory"]:

@@ -300,9 +300,9 @@ def describe_run(args, model, utterances, encoder, index):
     config = vars(args) | {"layers": args.layers or model.encoder.config.num_hidden_layers}
     rows = sorted([u.name, u.split, *u.labels] for u in utterances)
     config["corpus"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    made = {key: index["fingerprint"][key] for key in ("layer", "dtype")} if index else None
-    config |= {"cache": made, "fill_seconds": index["seconds"] if index else None}
     config |= {"encoder": encoder, "processes": PROCESSES}
+    config["cache"] = "layer {layer}, {dtype}".format(**index["fingerprint"]) if index else None
+    config["fill_seconds"] = index["seconds"] if index else None
     config["trainable_parameters"] = sum(p.numel() for p in models.trainable(model).values())
     config["total_parameters"] = sum(p.numel() for p in model.parameters())
     config["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers)}

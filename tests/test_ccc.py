@@ -1,16 +1,15 @@
 """The metric against closed forms, numpy and SciPy; the command on a file."""
 
-import csv
-
 import pytest
 import scipy.stats
 import torch
 
-import ccc as module
-from ccc import ccc, ccc_loss
+from ccc import ccc, ccc_loss, main
 
 x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
 y = 0.5 * x + torch.randn(50, 2, generator=torch.Generator().manual_seed(1)) + 0.3
+flat = torch.full((50, 2), 0.25)
+PAIRS = [(flat + 0.5, x), (x.mean(0) + 0 * x, x), (x, flat), (flat + 0.5, flat), (flat, flat)]
 
 
 @pytest.mark.parametrize("c", [0, -3, 0.1, 1, 10])
@@ -21,8 +20,7 @@ def test_shift(c):
 
 
 def test_by_hand():
-    """(1, 2, 3) against (2, 2, 5): covariance 1, variances 2/3 and 2, means one apart: 2 / (11/3) =
-    6/11."""
+    """(1, 2, 3) against (2, 2, 5): covariance 1, variances 2/3 and 2, means 1 apart: 6/11."""
     value = ccc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 5.0]))
     assert value.item() == pytest.approx(6 / 11, abs=1e-6)
 
@@ -38,14 +36,11 @@ def test_against_scipy():
     assert ccc_loss(x, y).item() == pytest.approx(1 - sum(expected) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["constant", "the labels' mean"])
-@pytest.mark.parametrize("labels", ["varying", "constant"])
+@pytest.mark.parametrize(("pred", "target"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_constant_is_finite(prediction, labels, dtype):
+def test_constant_is_finite(pred, target, dtype):
     """Constant predictions, constant labels or both give CCC 0 and finite gradients, not NaN."""
-    target = x.float() if labels == "varying" else torch.full((50, 2), 0.25)
-    pred = torch.full((50, 2), 0.7) if prediction == "constant" else target.mean(0).expand(50, 2)
-    pred = pred.to(dtype).clone().requires_grad_()
+    pred, target = pred.to(dtype, copy=True).requires_grad_(), target.float()
     ccc_loss(pred, target).backward()
     torch.testing.assert_close(ccc(pred, target).detach(), torch.zeros(2), rtol=0, atol=1e-3)
     assert pred.grad.isfinite().all()
@@ -55,15 +50,13 @@ def test_constant_is_finite(prediction, labels, dtype):
 def test_autocast_changes_nothing(dtype):
     """Loss and gradient are bitwise the same inside autocast; those of half precision predictions
     are those of the same numbers in float32."""
-    half, results = x.to(dtype), []
-    for autocast, pred in [(False, half.float()), (True, half.float()), (True, half.clone())]:
+    half, expected = x.to(dtype), None
+    for autocast, pred in [(False, half.float()), (True, half.float()), (True, half)]:
         with torch.autocast("cpu", dtype, enabled=autocast):
             loss = ccc_loss(pred.requires_grad_(), y.float())
         loss.backward()
-        results.append((loss.detach(), pred.grad))
-    assert all(torch.equal(loss, results[0][0]) for loss, _ in results)
-    assert torch.equal(results[1][1], results[0][1])
-    assert torch.equal(results[2][1], results[0][1].to(dtype))
+        expected = expected or (loss, pred.grad)
+        assert torch.equal(loss, expected[0]) and torch.equal(pred.grad, expected[1].to(pred.dtype))
 
 
 def test_loss_is_not_a_sum_over_micro_batches():
@@ -75,20 +68,15 @@ def test_loss_is_not_a_sum_over_micro_batches():
     assert (sum(halves) / 2).item() == pytest.approx((1 - 0.5 / 25.5) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_command(separate, tmp_path, capsys):
-    """ccc.py scores a predictions file with its own label columns, or with another file's in
-    another order."""
-    predictions = [["FileName", "Act", "Val", "EmoAct", "EmoVal"][: 3 if separate else 5]]
-    labels = [["FileName", "EmoAct", "EmoVal"], ["more.wav", 1, 2]]
-    for i, (pred, target) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        predictions.append([f"{i}.wav", *pred, *([] if separate else target)])
-        labels.insert(1, [f"{i}.wav", *target])
-    for name, rows in [("predictions.csv", predictions), ("labels.csv", labels)]:
-        with open(tmp_path / name, "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    options = ["--labels", str(tmp_path / "labels.csv")] if separate else []
-    module.main([str(tmp_path / "predictions.csv"), *options])
-    activation, valence = ccc(x, y).tolist()
-    expected = f"n 50  Act {activation:.4f}  Val {valence:.4f}\n"
-    assert capsys.readouterr().out == expected
+def test_command(tmp_path, capsys):
+    """ccc.py scores a predictions file with its own label columns, or with those of another file,
+    which has more rows and another order."""
+    own, other = tmp_path / "predictions.csv", tmp_path / "labels.csv"
+    for path, target, order in [(own, y, slice(40)), (other, 1 - y, slice(None, None, -1))]:
+        table = enumerate(torch.cat([x, target], 1).tolist())
+        rows = [",".join([f"{i}.wav", *map(str, row)]) for i, row in table]
+        path.write_text("\n".join(["FileName,Act,Val,EmoAct,EmoVal", *rows[order]]))
+    for options, target in [([], y), (["--labels", str(other)], 1 - y)]:
+        main([str(own), *options])
+        act, val = ccc(x[:40], target[:40]).tolist()
+        assert capsys.readouterr().out == f"n 40  Act {act:.4f}  Val {val:.4f}\n"

@@ -1,10 +1,7 @@
-"""Corpora, audio and normalisation against Hugging Face's feature extractor, closed forms and the
-releases' names."""
+"""Corpora and audio against Hugging Face's extractor, closed forms and the releases' names."""
 
-import csv
 import filecmp
 import math
-import os
 import threading
 
 import numpy as np
@@ -22,34 +19,39 @@ def sine(rate, seconds=1.0):
 
 
 def write_corpus(root, rows, audio="Audios", file="Labels/labels_consensus.csv"):
-    """Audio files of 0.1 s and their label file, whose path is returned. Rows: (name, activation,
-    valence, split); no label of dominance."""
+    """Audio files of 0.1 s and their label file. Rows: (name, activation, valence, split); no label
+    of dominance."""
     (root / audio).mkdir(parents=True)
     (root / file).parent.mkdir()
-    with open(root / file, "w", newline="", encoding="utf-8-sig") as out:  # a byte order mark
-        out.write("FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\r\n")
-        for name, activation, valence, split in rows:
-            soundfile.write(root / audio / name, sine(16000, seconds=0.1), 16000)
-            csv.writer(out).writerow([name, "N", activation, valence, "", "Unknown", "F", split])
-    return root / file
+    lines = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
+    for name, activation, valence, split in rows:
+        soundfile.write(root / audio / name, sine(16000, seconds=0.1), 16000)
+        lines.append(f"{name},N,{activation},{valence},,Unknown,F,{split}")
+    (root / file).write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")  # with a BOM
 
 
 def check_file(path, sample_rate=16000):
     """Samples of one file, or what is wrong with it, as check_audio finds them."""
-    utterance = data.Utterance("x", os.fspath(path), "Train", "1", (0.5, 0.5))
+    utterance = data.Utterance("x", str(path), "Train", "1", (0.5, 0.5))
     good, problems = data.check_audio([utterance], sample_rate)
     return good[0].samples if good else problems[0].kind
 
 
-@pytest.mark.parametrize("samples", [400, 16001, 50000])
-def test_normalise(samples, tmp_path):
-    """A dataset's waveform is bitwise what Wav2Vec2FeatureExtractor makes of the same."""
-    wave = (0.1 * np.random.default_rng(0).normal(size=samples) + 0.02).astype(np.float32)
-    soundfile.write(path := tmp_path / "x.wav", wave, 16000, "FLOAT")
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
-    expected = extractor(wave, sampling_rate=16000).input_values[0]
-    found, _ = data.SpeechDataset([data.Utterance("x", str(path), "Train", "1", (0.5, 0.5))])[0]
-    assert found.dtype == torch.float32 and np.array_equal(found.numpy(), expected)
+def test_dataset_and_collate(tmp_path):
+    """A batch is bitwise the normalised and zero-padded one that Wav2Vec2FeatureExtractor makes of
+    the same waveforms, with lengths as ints, those of the dataset, and each utterance's target."""
+    utterances, waves, draw = [], [], np.random.default_rng(0)
+    for i, samples in enumerate((16001, 400, 50000)):
+        waves.append((0.1 * draw.normal(size=samples) + 0.02).astype(np.float32))
+        soundfile.write(path := tmp_path / f"{i}.wav", waves[i], 16000, "FLOAT")
+        utterances.append(data.Utterance("x", str(path), "Train", "1", (i / 4, 0.5)))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    expected = extractor(waves, sampling_rate=16000, padding=True).input_values
+    dataset = data.SpeechDataset(data.check_audio(utterances)[0])
+    inputs, lengths, targets = data.collate([dataset[i] for i in range(3)])
+    assert inputs.dtype == torch.float32 and np.array_equal(inputs.numpy(), np.stack(expected))
+    assert lengths == dataset.lengths == [16001, 400, 50000]
+    assert targets.tolist() == [[0, 0.5], [0.25, 0.5], [0.5, 0.5]]
 
 
 RELEASES = [("Audio", "label/labels_concensus.csv", "Validation", "Test")]  # 1.6
@@ -71,18 +73,14 @@ def test_releases(audio, file, development, test, tmp_path):
     assert all(map(math.isnan, utterances[4].labels))
 
 
-def test_attributes(corpus, tmp_path):
+def test_attributes(tmp_path):
     """Labels come in the order asked. A column that was not asked for may be empty; one that was
-    makes each row a problem, and one line if it is missing."""
-    pairs, triples = (data.read_corpus(corpus, names)[0] for names in (data.PAPER, data.ATTRIBUTES))
-    assert [u.labels[:2] for u in triples] == [u.labels for u in pairs]
-    table = write_corpus(tmp_path, [("a.wav", 1, 7, "Train"), ("b.wav", 4, 4, "Train")])
-    assert [u.labels for u in data.read_corpus(tmp_path, ["valence"])[0]] == [(1,), (0.5,)]
+    makes each row a problem."""
+    write_corpus(tmp_path, [("a.wav", 1, 7, "Train"), ("b.wav", 4, 4, "Train")])
+    utterances, _ = data.read_corpus(tmp_path, ["valence", "activation"])
+    assert [u.labels for u in utterances] == [(1, 0), (0.5, 0.5)]
     utterances, problems = data.read_corpus(tmp_path, data.ATTRIBUTES)
     assert utterances == [] and len(problems) == 2
-    table.write_text(table.read_text().replace("EmoDom", "Dom"))
-    with pytest.raises(ValueError, match="^.*labels_consensus.csv.* no column EmoDom in .*$"):
-        data.read_corpus(tmp_path, data.ATTRIBUTES)
 
 
 def test_problems(tmp_path, capsys):
@@ -91,12 +89,11 @@ def test_problems(tmp_path, capsys):
     ValueError or, with skip_bad, in a line."""
     cells = ["", "0_3", "nan", "inf", "7.5", "7.01", "0.99", "high"]
     rows = [(f"{i}.wav", cell, 4, "Test2") for i, cell in enumerate(cells)]
-    table = write_corpus(tmp_path, rows + [(f"t{i}.wav", 4, 4, "Train") for i in range(4)])
-    wheres = [f"line {i + 2}: '{i}.wav' {[cell, '4']}" for i, cell in enumerate(cells)]
-    assert [p.where for p in data.read_corpus(tmp_path)[1]] == wheres
-    assert [u.samples for u in data.load_corpus(tmp_path, ["Train"])] == [1600] * 4
+    names = ["t0.wav", "t1.wav", "t2.wav", "../Audios/t3.wav"]
+    write_corpus(tmp_path, [*rows, *((name, 4, 4, "Train") for name in names)])
     (tmp_path / "Audios" / "t0.wav").write_bytes(b"RIFF")
-    table.write_text(table.read_text().replace("t1.wav", "../Audios/t1.wav"))
+    wheres = [f"line {i + 2}: '{i}.wav' {[cell, '4']}" for i, cell in enumerate(cells)]
+    assert [p.where for p in data.read_corpus(tmp_path)[1]] == [*wheres, f"line 13: {names[3]!r}"]
     assert len(data.load_corpus(tmp_path, ["Train"], skip_bad=True, inspect=False)) == 3
     assert len(data.load_corpus(tmp_path, ["Train"], skip_bad=True)) == 2
     assert "skipped: 2 utterances" in capsys.readouterr().out
@@ -104,45 +101,32 @@ def test_problems(tmp_path, capsys):
         data.load_corpus(tmp_path, ["Train"])
 
 
-FORMATS = [("wav", 16000, "PCM_16"), ("wav", 8000, "PCM_16"), ("wav", 44100, "PCM_16")]
-FORMATS += [("wav", 16000, "PCM_24"), ("flac", 48000, "PCM_24"), ("flac", 16000, "PCM_16")]
+# suffix, rate, subtype, gains of the channels, accuracy
+FORMATS = [("wav", 16000, "PCM_16", [1], 5e-5), ("wav", 44100, "PCM_16", [1.5, 0.5], 2e-3)]
+FORMATS += [("wav", 16000, "PCM_24", [1.5, 0.5], 1e-6), ("flac", 48000, "PCM_24", [1], 2e-3)]
+FORMATS += [("flac", 16000, "PCM_16", [1.5, 0.5], 5e-5), ("wav", 8000, "ULAW", [1, 1], 2e-2)]
+FORMATS += [("wav", 8000, "GSM610", [1], 0.15)]  # in blocks of 40 ms, and cannot seek
 
 
-@pytest.mark.parametrize(("suffix", "rate", "subtype"), FORMATS)
-@pytest.mark.parametrize("gains", [[1.0], [1.5, 0.5]])
-def test_audio_formats(suffix, rate, subtype, gains, tmp_path):
+@pytest.mark.parametrize(("suffix", "rate", "subtype", "gains", "accuracy"), FORMATS)
+def test_audio_formats(suffix, rate, subtype, gains, accuracy, tmp_path):
     """A sine of any rate, format and channel count is read as the 16 kHz mono sine, channels
-    averaged."""
-    path = tmp_path / f"sine.{suffix}"
-    soundfile.write(path, np.outer(sine(rate), gains), rate, subtype=subtype)
+    averaged; GSM fills it up to a whole block."""
+    soundfile.write(path := tmp_path / f"sine.{suffix}", np.outer(sine(rate), gains), rate, subtype)
     wave = data.load_audio(path)
-    accuracy = 2e-3 if rate != 16000 else 1e-6 if subtype == "PCM_24" else 5e-5
-    assert wave.dtype == np.float32 and wave.shape == (16000,)
-    assert np.abs(wave - sine(16000))[200:-200].max() < accuracy  # off the filter's edges
+    assert wave.dtype == np.float32 and wave.shape == (check_file(path),)
+    assert len(wave) == (16640 if subtype == "GSM610" else 16000)
+    assert np.abs(wave[:16000] - sine(16000))[200:-200].max() < accuracy  # off the filter's edges
 
 
 @pytest.mark.parametrize("rate", [7919, 8000, 11025, 16000, 22050, 32001, 44100, 48000])
 def test_sample_count(rate, tmp_path):
     """check_audio, which does not decode, counts the samples that load_audio returns, at odd rates
-    and lengths, through links too, for encoders at 16 and 8 kHz."""
-    (tmp_path / "Audios").mkdir()
-    (tmp_path / "folder").symlink_to(tmp_path / "Audios")
+    and lengths, for encoders at 16 and 8 kHz."""
     for samples in (rate // 10, rate // 3 + 1, rate + 7):
-        soundfile.write(tmp_path / "Audios" / f"{samples}.wav", np.zeros((samples, 2)), rate)
-        (tmp_path / "Audios" / f"{samples}").symlink_to(f"{samples}.wav")
+        soundfile.write(path := tmp_path / "x.wav", np.zeros((samples, 2)), rate)
         for sample_rate in (16000, 8000):
-            path = tmp_path / "folder" / f"{samples}"
             assert check_file(path, sample_rate) == len(data.load_audio(path, sample_rate))
-
-
-@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_32", "IMA_ADPCM", "ULAW"])
-def test_telephone_codecs(subtype, tmp_path):
-    """WAV files of telephone codecs, the first three of which cannot seek, are read as planned:
-    the sine, filled up to a whole block."""
-    soundfile.write(tmp_path / "x.wav", sine(8000), 8000, subtype=subtype)
-    wave = data.load_audio(tmp_path / "x.wav", 8000)
-    assert 8000 <= len(wave) == check_file(tmp_path / "x.wav", 8000) < 8400
-    assert np.abs(np.fft.rfft(wave[:8000])).argmax() == 300
 
 
 UNUSABLE = [  # what is said of a file's first bytes: kind, samples, rate, subtype, bytes
@@ -160,8 +144,7 @@ UNUSABLE = [  # what is said of a file's first bytes: kind, samples, rate, subty
 def test_unusable_audio(kind, wave, rate, subtype, size, tmp_path):
     """A file that cannot be trained on is a problem with its reason; load_audio raises it."""
     path, sample_rate = tmp_path / "x.wav", 8000 if "50 ms" in kind else 16000
-    form = "MP3" if subtype == "MPEG_LAYER_III" else "WAV"
-    soundfile.write(path, wave, rate, subtype, format=form)
+    soundfile.write(path, wave, rate, subtype, format="MP3" if "MPEG" in subtype else "WAV")
     path.write_bytes(path.read_bytes()[:size])
     assert check_file(path, sample_rate) == kind
     with pytest.raises(ValueError, match=f"^{path}: {kind}$"):
@@ -171,38 +154,10 @@ def test_unusable_audio(kind, wave, rate, subtype, size, tmp_path):
 @pytest.mark.parametrize("size", [2**32 - 1, 0x7FFFF000])
 def test_streamed(size, tmp_path):
     """A WAV whose header has the size that ffmpeg or SoX writes into a pipe ends where it ends."""
-    path = tmp_path / "x.wav"
-    soundfile.write(path, sine(16000), 16000)
+    soundfile.write(path := tmp_path / "x.wav", sine(16000), 16000)
     content = path.read_bytes()
     path.write_bytes(content[:40] + size.to_bytes(4, "little") + content[44:])
     assert check_file(path) == len(data.load_audio(path)) == 16000
-
-
-def test_name_not_utf8(tmp_path, capsys):
-    """Names on disk that are not UTF-8 stop neither their folder nor themselves from being read."""
-    write_corpus(tmp_path / "x", [(f"{i}.wav", 4, 4, s) for i, s in enumerate(data.SPLITS[:3])])
-    root = (tmp_path / "x").rename(tmp_path / os.fsdecode(b"\xff"))
-    path = (root / "Audios" / "0.wav").rename(root / "Audios" / os.fsdecode(b"\xfe.wav"))
-    assert len(data.load_audio(path)) == check_file(path) == 1600
-    with pytest.raises(SystemExit):
-        data.main([str(root)])
-    lines = capsys.readouterr().out.splitlines()
-    assert "missing audio: Train line 2: '0.wav'" in lines and "damaged" not in "".join(lines)
-
-
-def test_dataset_and_collate(corpus):
-    """A batch holds each utterance's normalised waveform, exactly zero after its end, its length
-    as an int, and its target."""
-    utterances = data.load_corpus(corpus, ["Train"])
-    dataset, rows = data.SpeechDataset(utterances), [5, 0, 9]
-    inputs, lengths, targets = data.collate([dataset[i] for i in rows])
-    assert lengths == [dataset.lengths[i] for i in rows] and inputs.shape == (3, max(lengths))
-    assert torch.equal(targets, torch.tensor([utterances[i].labels for i in rows]))
-    for i, row in enumerate(rows):
-        wave = torch.from_numpy(data.load_audio(utterances[row].path))
-        wave = (wave - wave.mean()) / wave.std(correction=0)
-        torch.testing.assert_close(inputs[i, : lengths[i]], wave, rtol=0, atol=1e-3)
-        assert len(wave) == lengths[i] and not inputs[i, lengths[i] :].any()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -223,7 +178,6 @@ def test_read_ahead(workers):
     results = data.read_ahead(load, range(8, 99), workers)
     next(results)
     results.close()
-    assert max(loaded) <= 8 + 2 * workers
     assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 
@@ -231,8 +185,7 @@ def test_synthetic_corpus_is_deterministic(tmp_path):
     """The same seed writes the same bytes, another seed other ones."""
     for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
         data.write_demo(tmp_path / name, seed=seed, speakers=(("Train", 1, 3),))
-    files = sorted(str(p.relative_to(tmp_path / "a")) for p in tmp_path.glob("a/*/*"))
-    assert len(files) == 4
+    files = ["Labels/labels_consensus.csv", *(f"Audios/DEMO_0001_000{i}.wav" for i in range(3))]
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[0] == files
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "c", files, shallow=False)[1] == files
 
@@ -243,24 +196,21 @@ def test_synthetic_labels_are_audible(tmp_path):
     data.write_demo(tmp_path, speakers=(("Train", 8, 16), ("Test1", 4, 16)))
     utterances, _ = data.read_corpus(tmp_path, data.ATTRIBUTES)
     assert len({(u.speaker, u.split) for u in utterances}) == len({u.speaker for u in utterances})
-    features, train = [], np.array([u.split == "Train" for u in utterances])
-    for u in utterances:
-        wave = data.load_audio(u.path)
-        bands = scipy.signal.welch(wave, 16000, nperseg=512)[1][1:].reshape(32, 8).mean(1)
-        features.append([1, len(wave) / 16000, *np.log(bands + 1e-9)])
-    features, labels = np.array(features), np.array([u.labels for u in utterances])
-    ridge = features[train].T @ features[train] + np.eye(features.shape[1])
-    pred = features[~train] @ np.linalg.solve(ridge, features[train].T @ labels[train])
+    waves = [data.load_audio(u.path) for u in utterances]
+    bands = [np.log(scipy.signal.welch(wave, nperseg=64)[1]) for wave in waves]
+    features = np.array([[1, len(wave), *b] for wave, b in zip(waves, bands, strict=True)])
+    labels = np.array([u.labels for u in utterances])  # the first 8 * 16 are to train on
+    predicted = features[128:] @ np.linalg.lstsq(features[:128], labels[:128])[0]
     for column in range(3):
-        assert np.corrcoef(pred[:, column], labels[~train, column])[0, 1] > 0.5
+        assert np.corrcoef(predicted[:, column], labels[128:, column])[0, 1] > 0.5
 
 
 def test_command(corpus, tmp_path, capsys):
     """data.py prints each split's utterances and speakers; it names each problem and then exits
     with 1."""
     data.main([corpus])
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].startswith("Train 12 utterances 3 speakers") and lines[3] == "no problems"
+    words = capsys.readouterr().out.split()
+    assert words[:5] == ["Train", "12", "utterances", "3", "speakers"] and words[-2] == "no"
     write_corpus(tmp_path, [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train")])
     (tmp_path / "Audios" / "a.wav").unlink()
     with pytest.raises(SystemExit) as exit:

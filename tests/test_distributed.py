@@ -31,9 +31,9 @@ CASES = {  # batches of 7 and 5 of 12 utterances, and of 2 with three processes
 
 def gradients(model, dataset, args, epoch):
     """Of each batch of an epoch, dropout off, what a step would be given: loss and gradients."""
-    model.eval()
-    optimizer, found = torch.optim.SGD(train.models.trainable(model).values()), {}
-    for i, batch in enumerate(train.make_batches(dataset, model, args, epoch)):
+    trained, found = train.models.trainable(model.eval()), []
+    optimizer = torch.optim.SGD(trained.values())
+    for batch in train.make_batches(dataset, model, args, epoch):
         optimizer.zero_grad()
         rows, mine, chunks = train.load_batch(dataset, args, batch)
         predictions = train.predict(model, chunks, "cpu", args.cached, args.recompute)
@@ -41,9 +41,8 @@ def gradients(model, dataset, args, epoch):
         if loss.requires_grad:
             loss.backward()
         train.sum_gradients(optimizer)
-        trained = train.models.trainable(model).items()
-        found |= {f"{i} {name}": p.grad.clone() for name, p in trained}
-        found[f"{i} loss"] = loss.detach()
+        gradients = {name: p.grad.clone() for name, p in trained.items()}
+        found.append(gradients | {"loss": loss.detach()})
     return found
 
 
@@ -100,29 +99,24 @@ def test_the_same_gradients(n, found):
     cases = [name for name in one if not name.endswith(("evaluated", "trained"))]
     assert len(cases) == 2 * len(CASES)
     for name in cases:
-        for batch in {key.split()[0] for key in one[name]}:
-            alone, shared = (
-                {k: v for k, v in each[name].items() if k.startswith(f"{batch} ")}
-                for each in (one, several)
-            )
-            bound = 1e-12 if name.endswith("float64") else 2e-5
-            assert relative(shared, alone) < bound, (name, batch)
+        bound = 1e-12 if name.endswith("float64") else 2e-5
+        for alone, shared in zip(one[name], several[name], strict=True):
+            assert relative(shared, alone) < bound, name
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_agree(n, found):
     """After an epoch of steps with dropout all processes have the same weights, and all the same
     predictions of one process: to the bit."""
-    one, ranks = found(1), [found(n, rank) for rank in range(n)]
+    one, first, *others = found(1), *(found(n, rank) for rank in range(n))
     for name, expected in one.items():
         if name.endswith("trained"):
-            for other in ranks[1:]:
-                same = [torch.equal(other[name][k], w) for k, w in ranks[0][name].items()]
-                assert all(same) and len(same) == len(expected)
-            moved = [not torch.equal(ranks[0][name][k], w) for k, w in expected.items()]
-            assert any(moved)  # dropout is drawn by each process for itself
+            for other in others:
+                assert all(torch.equal(other[name][k], w) for k, w in first[name].items())
+            # dropout is drawn by each process for itself
+            assert any(not torch.equal(first[name][k], w) for k, w in expected.items())
         elif name.endswith("evaluated"):
-            assert all(torch.equal(each[name], expected) for each in ranks)
+            assert all(torch.equal(each[name], expected) for each in (first, *others))
 
 
 @pytest.mark.parametrize(("processes", "bound"), [(2, 1.9), (4, 3.5), (8, 4.6)])

@@ -276,7 +276,7 @@ def test_resumed_elsewhere(refused, capsys):
     os.rename("cache", "moved")
     for line in (f"{AGAIN} --cache moved", f"{REFILL} --dtype float32"):
         call(line)
-    refused(f"{CACHED} --resume", "cache {'layer': 2, 'dtype': 'float16'}, not {'layer'")
+    refused(f"{CACHED} --resume", "cache layer 2, float16, not layer 2, float32")
 
 
 def test_full_disk(refused, monkeypatch):
