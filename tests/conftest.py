@@ -1,5 +1,4 @@
-"""Puts the scripts on the path, whichever folder pytest is started in; a tiny corpus, a tiny random
-encoder, helpers."""
+"""The scripts on the path, whichever folder pytest starts in; a tiny corpus, encoder, helpers."""
 
 import csv
 import json
@@ -44,8 +43,7 @@ def tiny_encoder(**changes):
 
 
 def relative(actual, expected):
-    """Largest difference in units of the largest entry, of two tensors or over all of two {name:
-    tensor}."""
+    """Largest difference, in units of the largest entry, of two tensors or {name: tensor}."""
     if isinstance(expected, torch.Tensor):
         actual, expected = {"": actual}, {"": expected}
     assert actual.keys() == expected.keys()
@@ -54,8 +52,7 @@ def relative(actual, expected):
 
 
 def chunked(lengths, inputs, chunk=None):
-    """A padded batch as train.predict takes it: chunks from short to long, each as long as its
-    longest; and the place of each prediction in the batch."""
+    """A padded batch in chunks, short to long, as train.predict takes it, and places in the batch."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     rows = [order[i : i + (chunk or len(order))] for i in range(0, len(order), chunk or len(order))]
     chunks = [(inputs[r, : max(lengths[i] for i in r)], [lengths[i] for i in r]) for r in rows]
@@ -63,8 +60,7 @@ def chunked(lengths, inputs, chunk=None):
 
 
 def step(model, batch, seed=0, chunk=None, **how):
-    """Predictions, loss and gradients of one training step on a batch (inputs, lengths, targets) as
-    {name: tensor}. `how` goes to train.predict."""
+    """{name: tensor} of predictions, loss and gradients of a step on (inputs, lengths, targets)."""
     torch.manual_seed(seed)
     model.zero_grad()
     chunks, places = chunked(batch[1], batch[0], chunk)
@@ -100,8 +96,7 @@ def read_csv(path):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """7 speakers with 4 utterances each, 28 different lengths from 0.2 to 0.9 s: Train 12,
-    Development 8, Test1 8."""
+    """28 utterances of different lengths, 0.2 to 0.9 s: Train 12, Development 8, Test1 8."""
     root = tmp_path_factory.mktemp("corpus")
     data.write_demo(root, speakers=(("Train", 3, 4), ("Development", 2, 4), ("Test1", 2, 4)))
     for i, path in enumerate(sorted(root.glob("Audios/*.wav"))):
@@ -146,8 +141,7 @@ def cached(fill, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(corpus, encoder):
-    """launch(folder, *options): train.py on the tiny corpus, one epoch of three batches unless the
-    options say more."""
+    """launch(folder, *options): train.py on the tiny corpus, one epoch of three batches."""
 
     def run(folder, *options):
         arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--epochs", 1]
@@ -159,8 +153,8 @@ def launch(corpus, encoder):
 
 @pytest.fixture
 def prepare(launch, tmp_path_factory, monkeypatch):
-    """prepare(*options) -> args, model, datasets as train.py has made them when its training begins,
-    and the first training batch (inputs, lengths, targets)."""
+    """prepare(*options) -> args, model, datasets as train.py has when its training begins, and the
+    first training batch (inputs, lengths, targets)."""
     made = []
 
     def instead_of_fit(args, model, datasets, config):

@@ -35,11 +35,10 @@ def arrow(x, y, end, color=INK, width=2):
 
 def box(x, y, height, words, frozen, width=200):
     shape, middle = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="5"', y + height / 2
-    where = f'transform="translate({x + 17} {middle})"'
     look = (SNOW, "#1f6fb5", 1.5, "none") if frozen else (FLAME, INK, 0, "#d9480f")
     rect = f'<rect {shape} stroke="{INK}" fill="{BLUE if frozen else ORANGE}"/>'
-    label = text(x + width / 2 + 8, middle + 5 - 9 * words.count("/"), words, 15)
-    return rect + path(*look, where) + label
+    rect += path(*look, f'transform="translate({x + 17} {middle})"')
+    return rect + text(x + width / 2 + 8, middle + 5 - 9 * words.count("/"), words, 15)
 
 
 def disk(x, y):
@@ -47,44 +46,36 @@ def disk(x, y):
     return body + path(f"M{x - 36} {y - 7}a36 6 0 0 0 72 0a36 6 0 0 0 -72 0Z", INK, 1.5, "#e6efcb")
 
 
-def column(x, title, cost, trained, cut, crossed):
-    """One way to finetune: its name, the stack that speech goes up, and backpropagation down."""
-    lower = [text(x + 100, 660, "speech"), box(x, 594, 30, "CNN", True)]
-    lower += [arrow(x + 100, *ends) for ends in ((643, 627), (592, 573), (526, 507))]
-    lower += [box(x, 526, 44, "projection, positional/conv., LayerNorm", cut < 582)]
-    upper = [text(x + 100, 48, title, 22, 'font-weight="bold"'), text(x + 100, 78, cost)]
-    upper += [text(x + 100, 118, "CCC loss"), box(x, 144, 26, "pooling, head", False)]
-    upper += [arrow(x + 100, *ends) for ends in ((142, 126), (289, 248))]
-    for layer in range(1, 13):
-        part, y = (lower, 507 - 24 * layer) if layer < 10 else (upper, 464 - 24 * layer)
-        part.append(box(x, y, 21, f"layer {layer}", layer <= 12 - trained))
-        if not trained:  # LoRA's adapters
-            part.append(f'<rect x="{x + 158}" y="{y + 2}" width="38" height="17" fill="{ORANGE}"/>')
-            part.append(text(x + 177, y + 15.5, "A B", 13))
-    yield f'<g opacity="{0.4 if cut < 500 else 1}">{"".join(lower)}</g>' + "".join(upper)
-    yield path(f"M{x - 14} {cut}H{x + 240}", more='stroke-dasharray="7 5"')
-    yield disk(x + 100, cut) if cut < 500 else ""
-    yield path(f"M{x + 146} 112H{x + 222}V{crossed or 120}", width=4)
-    yield arrow(x + 222, crossed or 118, cut - 2, RED if crossed else INK, 4)
+# its own panel makes it legible on a light and on a dark page
+svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1180 840" text-anchor="middle" '
+svg += 'font-family="sans-serif"><rect width="1180" height="840" rx="14" fill="#fbfcfe"/>'
+for number, (title, cost, trained, cut, crossed) in enumerate(COLUMNS):
+    x, middle = 44 + 284 * number, 144 + 284 * number
+    lower = text(middle, 660, "speech") + box(x, 594, 30, "CNN", True)
+    lower += arrow(middle, 643, 627) + arrow(middle, 592, 573) + arrow(middle, 526, 507)
+    lower += box(x, 526, 44, "projection, positional/conv., LayerNorm", cut < 582)
+    upper = text(middle, 48, title, 22, 'font-weight="bold"') + text(middle, 78, cost)
+    upper += text(middle, 118, "CCC loss") + box(x, 144, 26, "pooling, head", False)
+    upper += arrow(middle, 142, 126) + arrow(middle, 289, 248)
+    layers = [box(x, 507 - 24 * i, 21, f"layer {i}", i <= 12 - trained) for i in range(1, 10)]
+    layers += [box(x, 464 - 24 * i, 21, f"layer {i}", i <= 12 - trained) for i in range(10, 13)]
+    for i in range(0 if trained else 12):  # LoRA's adapters
+        y = (483 if i < 9 else 440) - 24 * i
+        layers[i] += f'<rect x="{x + 158}" y="{y + 2}" width="38" height="17" fill="{ORANGE}"/>'
+        layers[i] += text(x + 177, y + 15.5, "A B", 13)
+    svg += f'<g opacity="{0.4 if cut < 500 else 1}">{lower}{"".join(layers[:9])}</g>'
+    svg += upper + "".join(layers[9:])
+    svg += path(f"M{x - 14} {cut}H{x + 240}", more='stroke-dasharray="7 5"')
+    svg += disk(middle, cut) if cut < 500 else ""
+    svg += path(f"M{x + 146} 112H{x + 222}V{crossed or 120}", width=4)
+    svg += arrow(x + 222, crossed or 118, cut - 2, RED if crossed else INK, 4)
     if crossed:
         where = f'fill="{RED}" font-weight="bold" transform="rotate(90 {x + 238} 380)"'
-        yield text(x + 238, 380, f"crosses {12 - trained} frozen layers", 15, where)
-
-
-def draw():
-    """The picture; its own panel makes it legible on a light and on a dark page."""
-    yield '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1180 840" text-anchor="middle" '
-    yield 'font-family="sans-serif"><rect width="1180" height="840" rx="14" fill="#fbfcfe"/>'
-    for number, (values, note) in enumerate(zip(COLUMNS, NOTES.split("\n"), strict=True)):
-        yield from column(44 + 284 * number, *values)
-        yield text(152 + 284 * number, 694, note)
-    yield box(44, 770, 26, "frozen", True, 110) + box(170, 770, 26, "trained", False, 110)
-    yield disk(346, 783) + text(456, 788, "stored on disk") + path("M544 783H584", width=4)
-    yield text(668, 788, "backpropagation") + text(966, 788, "cut: no gradient below this line")
-    yield path("M776 783H816", more='stroke-dasharray="7 5"')
-    hours = "hours: the paper's, 5 epochs in fp32 on an A40 (*on an RTX 2080 Ti)"
-    yield text(590, 822, hours, 15) + "</svg>\n"
-
-
-if __name__ == "__main__":
-    Path(__file__).with_name("idea.svg").write_text("".join(draw()), encoding="utf-8")
+        svg += text(x + 238, 380, f"crosses {12 - trained} frozen layers", 15, where)
+    svg += text(x + 108, 694, NOTES.split("\n")[number])
+svg += box(44, 770, 26, "frozen", True, 110) + box(170, 770, 26, "trained", False, 110)
+svg += disk(346, 783) + text(456, 788, "stored on disk") + path("M544 783H584", width=4)
+svg += text(668, 788, "backpropagation") + text(966, 788, "cut: no gradient below this line")
+svg += path("M776 783H816", more='stroke-dasharray="7 5"')
+svg += text(590, 822, "hours: the paper's, 5 epochs in fp32 on an A40 (*on an RTX 2080 Ti)", 15)
+Path(__file__).with_name("idea.svg").write_text(svg + "</svg>\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Bad input, kills, full disks, hostile files, by command lines: one clear line, nothing lost."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -121,11 +120,9 @@ def replace(old, new, path=LABELS, times=1):
     write(path, Path(path).read_bytes().replace(old, new, times))
 
 
-def clip(wave, rate=16000, cut=1.0, **options):
-    """Replace the first audio file by the first part of another."""
-    file = io.BytesIO()
-    soundfile.write(file, wave, rate, **{"format": "WAV", "subtype": "PCM_16"} | options)
-    write(CLIP, file.getvalue()[: int(cut * len(file.getvalue()))])
+def clip(wave):
+    """Replace the first audio file."""
+    soundfile.write(CLIP, wave, 16000)
 
 
 def weights(change=torch.neg):
@@ -144,30 +141,21 @@ CODE = b'"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel":
 TYPE, OPEN = b'"model_type": "wav2vec2"', b"open('executed', 'w')"
 
 BAD = [  # what is spoiled, the command, what the error says
-    (None, f"{TRAIN} --data nowhere", "nowhere is no corpus: it has no Labels/labels_con"),
     (lambda: replace(b",4,0", b",,0"), f"{TRAIN} --attributes dominance", "line 2: 'u00.wav' ['']"),
-    (lambda: replace(b",", b";", times=-1), TRAIN, "with commas: no column FileName, SpkrID"),
     (lambda: write(LABELS, HEADER.encode("utf-16")), TRAIN, "not a label file in UTF-8"),
-    (lambda: replace(b"1.50", b"0_3"), TRAIN, "lists all, --skip-bad leaves them out"),
     (lambda: replace(b"u00.wav", b'"u\n0"'), TRAIN, r"1 missing audio (first: line 3: 'u\n0'"),
-    (lambda: replace(b"Train", b"train2"), TRAIN, "1 unknown split (first: line 2: 'u00.wav' 'tra"),
-    (lambda: clip(NOISE[:3200], cut=0.5, format="FLAC"), FILL, "1 damaged or not audio"),
     (lambda: (replace(b"16000", b"8000", SOUND), clip(NOISE[:640])), FILL, "1 shorter than 50 ms"),
     (None, f"{TRAIN} --dropout 1.5", "dropout probability has to be between 0 and 1, but got 1.5"),
-    (None, f"{TRAIN} --out {LABELS}", f"File exists: '{LABELS}'"),
     (None, f"{FILL} --layers 5", "partial, 5 layers: this encoder has layers 1 to 4"),
     (None, f"{TRAIN} --out run", "run holds a run; --resume continues it"),
     (lambda: os.remove("run/config.json"), f"{RESUME} --seed 5", "last.pt is of a run with seed 3"),
-    (lambda: shutil.copy("finished/last.pt", "run"), RESUME, "with seed 1, not 3"),
     (lambda: os.remove("run/last.pt"), RESUME, "run/last.pt: no file, damaged, or not"),
     (lambda: replace(b"1.50", b"2.0"), RESUME, "run/last.pt is of a run with corpus "),
     (weights, RESUME, "run/last.pt is of a run with encoder "),
-    (None, FINISHED, "finished/last.pt is of a run with seed 1, not 3; give the same"),
     (None, f"model predict no --csv {CLIP} {CLIP}", "give a name that ends in .csv"),
     (None, "model predict run --model encoder cache", "cache: no audio files"),
     (lambda: clip(NOISE[:160]), f"{PREDICT} --csv {LABELS}", f"{CLIP}: shorter than 25 ms"),
     (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a name in two"),
-    (lambda: os.remove(WEIGHTS), TRAIN, "cannot load "),
     (lambda: replace(b'"wav2vec2"', b'"data2vec-audio"', CONFIG), TRAIN, "data2vec-audio is not"),
     (lambda: weights(lambda x: x[:5] + 0), TRAIN, f"1 weights missing or misshapen: {LAYER}"),
     (lambda: weights(lambda x: x / 0), FILL, f"encoder: NaN or infinity in {LAYER}"),
@@ -176,15 +164,10 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: (os.remove(WEIGHTS), torch.save(EVIL, PICKLED)), FILL, "cannot load "),
     (lambda: torch.save(EVIL, "run/best.pt"), PREDICT, "run/best.pt: no file, damaged, or not"),
     (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"{SHARD} is damaged at utterance u"),
-    (
-        lambda: shutil.copy("cache/shard-00000.pt", SHARD),
-        CACHED + LATE,
-        f"{SHARD} is damaged at utterance u",
-    ),
+    (lambda: shutil.copy("cache/shard-00000.pt", SHARD), CACHED + LATE, f"{SHARD} is damaged at"),
     (lambda: replace(b'r": 2', b'r": 1', INDEX), CACHED + LATE, " is damaged at utterance u"),
     (None, f"{TRAIN} --cache new", "new is no cache: no index.json"),
     (weights, CACHED, "the cache cache was made with another encoder"),
-    (None, f"{REFILL} --dtype float32 --layers 1", "layer 2, not 3; dtype float16, not float32"),
     (None, f"{CACHED} --layers 3", "cache is for fewer layers than 3; fill one with --layers 3"),
     (lambda: os.remove(SHARD), CACHED, " utterances, first u"),
     (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed; delete cache/shard-00000.pt"),
@@ -244,13 +227,6 @@ def test_verify_names_them(spoil, refused):
     assert Path(SHARD).read_bytes() == content
 
 
-def test_audio_damaged_later(refused, monkeypatch):
-    """Audio that cannot be read any more, after its inspection, is one line, out of a thread too."""
-    monkeypatch.setattr(data, "load_audio", Mock(side_effect=ValueError("u05.wav: damaged")))
-    for line in (TRAIN, FILL):
-        refused(f"{line} --workers 2{LATE}", "u05.wav: damaged")
-
-
 @pytest.mark.parametrize("words", ["CUDA out of memory", "GET was unable to find an engine to"])
 def test_out_of_memory(words, refused, monkeypatch):
     """Running out of memory, in PyTorch's or cuDNN's words, is recorded and a line that names
@@ -296,10 +272,10 @@ def test_full_disk(refused, monkeypatch):
         call(f"{line} --out late-{size}")
 
 
-@pytest.mark.parametrize("line", [FILL, AGAIN, f"{AGAIN} --method lora --cache cache --workers 2"])
+@pytest.mark.parametrize("line", [FILL, f"{AGAIN} --precision fp16", f"{AGAIN} --cache cache"])
 def test_killed(line, world, monkeypatch):
     """Killed before any one of its files appears (as best.pt after last.pt), or at any moment, the
-    same command ends bitwise as if undisturbed."""
+    same command ends bitwise as if undisturbed, optimizer and scaler included."""
     done, stop, rename, start = [], None, os.replace, time.perf_counter()
 
     def held():
@@ -354,13 +330,6 @@ def test_real_processes(world):
     assert errors[1].endswith("\ninterrupted: the same line adds what is missing\n")
     assert "Traceback" not in "".join(errors) and errors[2].endswith("Broken pipe\n")
     assert errors[3] == "error: [Errno 2] No such file or directory: 'no.csv'\n"
-
-
-def test_odd_surroundings(world, capsys, monkeypatch):
-    """On a file system without locks a line says so, and training goes on."""
-    monkeypatch.setattr(cache.fcntl, "lockf", Mock(side_effect=OSError(38, "No locks")))
-    call(TRAIN)
-    assert "new cannot be locked (No locks)" in capsys.readouterr().out
 
 
 def test_predict_names(world):

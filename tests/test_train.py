@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import DEPTH, chunked, read_csv, relative, state, step
+from conftest import DEPTH, chunked, read_csv, relative, step
 
 import ccc
 import model as models
@@ -188,20 +188,6 @@ def test_every_row(name, precision, device, row, launch, tmp_path):
     assert device == "cpu" or result["device"] == torch.cuda.get_device_name()
 
 
-def test_predictions_file(corpus, launch, tmp_path):
-    """predictions-Test1.csv holds the test split in corpus order with its labels, on the scale 1 to
-    7."""
-    launch(tmp_path, "--padding", "exact")
-    rows, labels = read_csv(tmp_path / "predictions-Test1.csv"), {}
-    for row in read_csv(f"{corpus}/Labels/labels_consensus.csv"):
-        if row["Split_Set"] == "Test1":
-            labels[row["FileName"]] = [float(row["EmoAct"]), float(row["EmoVal"])]
-    assert list(rows[0]) == ["FileName", "Act", "Val", "EmoAct", "EmoVal"]
-    assert [row["FileName"] for row in rows] == list(labels)
-    for row, expected in zip(rows, labels.values(), strict=True):
-        assert [float(row["EmoAct"]), float(row["EmoVal"])] == pytest.approx(expected, abs=1e-5)
-
-
 def test_best_epoch(launch, tmp_path, monkeypatch):
     """Test1 is scored once, with the weights of the epoch whose mean Development CCC is highest,
     the first of equals; neither one attribute nor the last epoch decides."""
@@ -224,40 +210,21 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
     assert not torch.equal(calls[3]["head.weight"], calls[1]["head.weight"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["partial", "lora cached"])
-def test_resume(name, precision, row, launch, tmp_path, monkeypatch):
-    """A run interrupted in its second epoch and resumed ends bitwise as the uninterrupted one,
-    optimizer and scaler included; only times differ."""
-    options = [*row(name), "--precision", precision, "--epochs", 3, "--lr", 0.01]
-    launch(tmp_path / "whole", *options)
-    calls, evaluate = [], train.evaluate
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError
-        return evaluate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", interrupted)
-        with pytest.raises(OSError):
-            launch(tmp_path / "parts", *options)
-    assert not (tmp_path / "parts" / "result.json").exists()
-    launch(tmp_path / "parts", *options, "--resume")
-    assert state(tmp_path / "parts") == state(tmp_path / "whole")
-
-
-def test_attributes(launch, tmp_path):
-    """--attributes dominance valence: two columns in that order, in predictions, scores and weights,
-    and labels of their own columns; one attribute is enough."""
-    launch(tmp_path / "two", "--attributes", "dominance", "valence")
+def test_attributes(corpus, launch, tmp_path):
+    """--attributes dominance valence: two columns in that order, in predictions, scores and weights;
+    predictions-Test1.csv holds the split in corpus order with its labels. One attribute is enough."""
+    launch(tmp_path / "two", "--attributes", "dominance", "valence", "--padding", "exact")
     result = check_run(tmp_path / "two")
     assert list(result["dev"]) == ["dominance", "valence"] == result["attributes"]
-    rows = read_csv(tmp_path / "two" / "predictions-Test1.csv")
+    rows, labels = read_csv(tmp_path / "two" / "predictions-Test1.csv"), {}
+    for row in read_csv(f"{corpus}/Labels/labels_consensus.csv"):
+        if row["Split_Set"] == "Test1":
+            labels[row["FileName"]] = [float(row["EmoDom"]), float(row["EmoVal"])]
     assert list(rows[0]) == ["FileName", "Dom", "Val", "EmoDom", "EmoVal"]
+    assert [row["FileName"] for row in rows] == list(labels)
+    for row, expected in zip(rows, labels.values(), strict=True):
+        assert [float(row["EmoDom"]), float(row["EmoVal"])] == pytest.approx(expected, abs=1e-5)
     launch(tmp_path / "one", "--attributes", "activation")
-    result = check_run(tmp_path / "one")
-    assert list(result["test"]) == ["activation", "n"]
+    assert list(check_run(tmp_path / "one")["test"]) == ["activation", "n"]
     saved = torch.load(tmp_path / "one" / "best.pt", weights_only=True)["weights"]
     assert saved["head.weight"].shape[0] == 1
