@@ -235,7 +235,6 @@ def from_pretrained(auto, name, **options):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign or damaged folder makes of the reader
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        reason += " Or give a downloaded folder." if "connect" in reason else ""  # no network
         raise OSError(f"cannot load {name}: {reason}") from error
 
 
@@ -250,8 +249,7 @@ def load_encoder(name):
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     encoder, report = from_pretrained(transformers.AutoModel, name, **options)
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lacking -= {"masked_spec_embed"}  # SpecAugment's, which nothing here uses
-    if lacking:
+    if lacking := lacking - {"masked_spec_embed"}:  # SpecAugment's, which nothing here uses
         raise ValueError(f"{name}: {len(lacking)} weights missing or misshapen: {min(lacking)}, …")
     if broken := [key for key, x in encoder.state_dict().items() if not x.isfinite().all()]:
         raise ValueError(f"{name}: NaN or infinity in {broken[0]}")
@@ -276,8 +274,7 @@ def identity(encoder):
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
