@@ -1,5 +1,6 @@
 """A disk cache of the frozen half's output (section IV-C), filled once, read by all runs that freeze
-as much. Everything above `parse_args` stands alone: copy it. As a command, with data.py, model.py:
+at least as much. Everything above `parse_args` stands alone: copy it. Its command needs data.py and
+model.py:
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # fill
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3 --verify    # read all back
@@ -166,7 +167,7 @@ def fill(folder, index, utterances, encode, process=0):
         written = writer.submit(str)  # nothing yet
         for utterance, hidden in zip(utterances, encode(utterances), strict=True):
             hidden = hidden.to(dtype, copy=True)
-            if not hidden.sum(dtype=torch.float32).isfinite():  # a tenth of isfinite().all()
+            if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
                 raise ValueError(f"{utterance.path}: NaN, or beyond {dtype} (--dtype float32)")
             parts.append((utterance, hidden))
             size += hidden.nbytes
@@ -180,7 +181,7 @@ def fill(folder, index, utterances, encode, process=0):
 
 
 def verify(folder, index, utterances):
-    """Print what is lacking in a cache, damaged or changed since -> how much."""
+    """Print what is lacking in a cache, damaged or changed since -> number of defects."""
     defects = 0
     for u in utterances:
         try:
@@ -211,10 +212,10 @@ def main(argv=None):
     from model import build, describe
 
     args = parse_args(argv)
-    how = {"method": "partial", "layers": args.layers, "freeze_prefix": True}
-    model, audio, encoder = build(args.model, how)
+    frozen = {"method": "partial", "layers": args.layers, "freeze_prefix": True}
+    model, audio, identity = build(args.model, frozen)
     utterances = data.load_corpus(args.data, args.splits, (), audio["sample_rate"], args.skip_bad)
-    fingerprint = {"encoder": encoder, "layer": model.cut, "dtype": args.dtype, **audio}
+    fingerprint = {"encoder": identity, "layer": model.cut, "dtype": args.dtype, **audio}
     index = {"fingerprint": fingerprint, "seconds": 0.0, "utterances": {}}
     if args.verify or any(Path(args.out).glob("index*.json")):
         index = read_index(args.out, fingerprint)
@@ -223,7 +224,7 @@ def main(argv=None):
         if n := verify(args.out, index, utterances):
             raise ValueError(f"{args.out} has {n} defects; delete the shards named, and fill again")
         return print(f"{args.out}: all {len(utterances)} utterances are intact")
-    CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # none has changed?
+    CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # raises
     frames = sum(model.frames(u.samples) for u in utterances if u.name not in held)
     needed = frames * model.encoder.config.hidden_size * DTYPES[args.dtype].itemsize
     print(f"{describe(model, audio)}; layer {model.cut}: {needed / 1e9:.3g} GB to fill")

@@ -17,8 +17,8 @@ def ccc(pred, target, eps=1e-8):
 
     pred, target : float tensors (N, ...) in the same unit. Returns (...), at least float32: half
     precision is cast up first, so autocast around it changes nothing.
-    Our choice: population moments (1/n, Lin 1989), as with 1/(n - 1) in some of them ccc(x, x) is
-    not 1; `eps`: where both are one constant, 0 and finite gradients, not NaN.
+    Our choice: population moments (1/n, Lin 1989), as mixing in 1/(n - 1) makes ccc(x, x) not 1;
+    `eps`: where both are one constant, 0 and finite gradients, not NaN.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred, target = pred.to(dtype), target.to(dtype)

@@ -40,9 +40,9 @@ class EmotionModel(nn.Module):
         before the positional convolution, masked in attention, not in the mean: batched = alone.
 
     `frozen` is all before `cut`, `trained` the rest; a cache is a stored `frozen`. `cut` is the
-    transformer layer of the first trainable parameter, or None where only the CNN is frozen
-    (`freeze` sets it); with a cache of more layers it lies before that. SpecAugment, layer drop and
-    checkpointing are off, whatever config.json says (our choice: a cache could not have them).
+    transformer layer of the first trainable parameter, or None where that lies before layer 0
+    (`freeze` sets it); with a cache of more layers it is an earlier one. SpecAugment, layer drop
+    and checkpointing are off, whatever config.json says (our choice: no cache could have them).
     """
 
     def __init__(self, encoder, attributes=("activation", "valence"), dropout=0.2, padding="paper"):
@@ -52,7 +52,7 @@ class EmotionModel(nn.Module):
         self.encoder, self.attributes, self.padding = encoder, tuple(attributes), padding
         self.dropout, self.cut = nn.Dropout(dropout), None
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
-        # base models have the encoder's LayerNorm before layer 0, large ones after the last layer
+        # the encoder's LayerNorm is before layer 0, in most large models after the last layer
         self.norm_last = encoder.config.do_stable_layer_norm
         norm = [] if self.norm_last else [encoder.encoder.layer_norm]
         self.before_layers = [encoder.feature_projection, encoder.encoder.pos_conv_embed, *norm]
@@ -60,7 +60,7 @@ class EmotionModel(nn.Module):
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
             attend = MethodType(wavlm_attention, layer.attention)
-            layer.attention.torch_multi_head_self_attention = attend  # only WavLM has this method
+            layer.attention.torch_multi_head_self_attention = attend  # read by WavLM only
         if not self.is_wavlm:
             encoder.set_attn_implementation("sdpa")  # which takes the mask as booleans
 
@@ -98,7 +98,7 @@ class EmotionModel(nn.Module):
         return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
 
     def embed(self, features, mask):
-        """Projection, positional convolution, in base models LayerNorm: (B, T, C) -> (B, T, D)."""
+        """Projection, positional convolution, LayerNorm (unless last): (B, T, C) -> (B, T, D)."""
         encoder = self.encoder.encoder
         hidden = self.encoder.feature_projection(features)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
@@ -116,7 +116,7 @@ class EmotionModel(nn.Module):
             bias = layers[0].attention.compute_bias(hidden.shape[1], hidden.shape[1])
             more["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
         if mask is not None:
-            mask = mask[:, None, None]  # (B, heads, queries, keys)
+            mask = mask[:, None, None]  # (B, 1, 1, T): for all heads and queries
         for layer in layers[first:last]:
             hidden = layer(hidden, attention_mask=mask, **more)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
@@ -196,7 +196,7 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
     "full": all transformer layers and what lies between the CNN and layer 0.
     "partial": the last `layers` transformer layers and, as the paper's parameter counts say, what
         lies between the CNN and layer 0, unless `freeze_prefix`, which a cache needs.
-    "lora": adapters on q and v of the last `layers` layers (None: all), the rest frozen.
+    "lora": adapters on q and v of the last `layers` layers (None: all), all else frozen.
     """
     encoder = model.encoder.encoder
     depth = len(encoder.layers)
@@ -204,7 +204,7 @@ def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lo
     if method not in ("full", "partial", "lora"):
         raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
     if not (layers == depth if method == "full" else 1 <= layers <= depth):
-        raise ValueError(f"{method}, {layers} layers: this encoder has layers 1 to {depth}")
+        raise ValueError(f"{method}, {layers} layers: this encoder has 1 to {depth}, full all")
     model.encoder.requires_grad_(False)
     model.cut = depth - layers
     if method == "lora":
@@ -279,7 +279,7 @@ def identity(encoder):
 
 
 def build(name, settings):
-    """Of `settings` the arguments of EmotionModel and freeze -> (model, audio settings, identity)."""
+    """Load, wrap and freeze by `settings` -> (EmotionModel, audio settings, encoder's identity)."""
     encoder, audio = load_encoder(name)
     digest = identity(encoder)
     pick = lambda *keys: {key: settings[key] for key in keys if key in settings}
@@ -327,8 +327,8 @@ def predict(args):
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     columns = [data.ATTRIBUTES[attribute] for attribute in model.to(device).attributes]
-    names = {"encoding": "utf-8", "errors": "surrogateescape"}  # as files have on disk
-    with open(args.csv or 1, "w", closefd=bool(args.csv), **names) as file:
+    text = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names have on disk
+    with open(args.csv or 1, "w", closefd=bool(args.csv), **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["FileName", *columns, *(f"{column}01" for column in columns)])
         for u, (wave, _) in zip(utterances, data.SpeechDataset(utterances, **audio), strict=False):
@@ -354,7 +354,7 @@ def export(args):
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
     exported.classifier.load_state_dict(model.head.state_dict())
-    nn.init.eye_(exported.projector.weight)
+    nn.init.eye_(exported.projector.weight)  # we have no projector
     nn.init.zeros_(exported.projector.bias)
     exported.save_pretrained(args.out)
     sound = {"do_normalize": audio["normalise"], "sampling_rate": audio["sample_rate"]}

@@ -42,13 +42,13 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 def run(args):
     """One row and seed of Table I, from corpus to result.json (section IV-D)."""
     torch.manual_seed(args.seed)
-    model, audio, encoder = models.build(args.model, vars(args))
+    model, audio, identity = models.build(args.model, vars(args))
     # a cached run reads no audio, so it inspects none, unless it must skip what filling has skipped
     how = args.attributes, audio["sample_rate"], args.skip_bad, args.skip_bad or not args.cached
     utterances = data.load_corpus(args.data, args.splits, *how)
-    index = cache.read_index(args.cache, {"encoder": encoder} | audio) if args.cached else None
+    index = cache.read_index(args.cache, {"encoder": identity} | audio) if args.cached else None
     datasets = make_datasets(args, model, audio, utterances, index)
-    config = describe_run(args, model, utterances, encoder, index)
+    config = describe_run(args, model, utterances, identity, index)
     print(models.describe(model, audio))
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         try:
@@ -59,15 +59,15 @@ def run(args):
             memory = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
             write_json(args, "result.json", config | memory)
             less = f"--out ELSEWHERE --chunk {max(1, (args.chunk or 8) // 2)} --recompute"
-            raise ValueError(f"out of memory; the same loss in less: {less}") from error
+            raise ValueError(f"out of memory; less is needed with {less}") from error
 
 
 def fit(args, model, datasets, config):
     """Train, keep the best epoch, score the test split once with it."""
     train, dev, test = (datasets[split] for split in args.splits)
-    trained = models.trainable(model)
+    parameters = models.trainable(model)
     # AdamW's default weight decay .01, no clipping: our choice, the paper names neither
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, fused=True)
     # bf16 has the range of float32 and needs no scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     history, best = resume(args, config, model, optimizer, scaler)
@@ -82,7 +82,7 @@ def fit(args, model, datasets, config):
         history.append(line | {"peak_memory_bytes": peak_memory(args.device)})
         # the highest mean CCC over all of Development (our choice), the first of equals
         if not best or sum(scores.values()) > sum(best["dev"].values()):
-            weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+            weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             best = {"epoch": epoch, "dev": scores, "weights": weights}
         save_epoch(args, config, history, best, model, optimizer, scaler)
         title = f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {args.splits[1]}"
@@ -140,9 +140,8 @@ def predict(model, chunks, device, cached=False, recompute=False):
     """
     predictions = [torch.zeros(0, len(model.attributes), device=device)]  # B may be 0
     for inputs, lengths in chunks:
-        hidden, frames = inputs.to(device, non_blocking=True).float(), lengths
-        if not cached:
-            hidden, frames = model.frozen(hidden, lengths)
+        inputs = inputs.to(device, non_blocking=True).float()
+        hidden, frames = (inputs, lengths) if cached else model.frozen(inputs, lengths)
         if recompute and torch.is_grad_enabled():
             part = checkpoint(model.trained, hidden, frames, use_reentrant=False)
         else:
@@ -247,7 +246,7 @@ def sum_gradients(optimizer):
 
 
 def make_datasets(args, model, audio, utterances, index):
-    """{split: dataset}. With a cache, `model.cut` moves to its layer: those after it run frozen."""
+    """{split: dataset}. With a cache, `model.cut` moves to its end: layers between run frozen."""
     parts = {split: [u for u in utterances if u.split == split] for split in args.splits}
     if not args.cached:
         return {split: data.SpeechDataset(part, **audio) for split, part in parts.items()}
@@ -295,12 +294,12 @@ def resume(args, config, model, optimizer, scaler):
     return history, best
 
 
-def describe_run(args, model, utterances, encoder, index):
+def describe_run(args, model, utterances, identity, index):
     """What makes this run, and where it runs: config.json."""
     config = vars(args) | {"layers": args.layers or model.encoder.config.num_hidden_layers}
     rows = sorted([u.name, u.split, *u.labels] for u in utterances)
     config["corpus"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    config |= {"encoder": encoder, "processes": PROCESSES}
+    config |= {"encoder": identity, "processes": PROCESSES}
     config["cache"] = "layer {layer}, {dtype}".format(**index["fingerprint"]) if index else None
     config["fill_seconds"] = index["seconds"] if index else None
     config["trainable_parameters"] = sum(p.numel() for p in models.trainable(model).values())
@@ -361,7 +360,7 @@ def demo(folder):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--demo", action="store_true", help="all once, on synthetic speech, in demo/ or --out")
+    add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
@@ -383,7 +382,7 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help="fp16 on CUDA, as in the paper; bf16 on a CPU")
     add("--cache", help="train from this cache of cache.py (IV-C)")
     add("--freeze-prefix", action="store_true", help="partial: freeze all that a cache freezes")
-    add("--padding", choices=("paper", "exact"), default="paper", help="exact: as alone (paper)")
+    add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
     add("--chunk", type=int, help="utterances a pass, for less padding; one loss over all")
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D) and machine").add_argument

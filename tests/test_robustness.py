@@ -146,7 +146,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: replace(b"u00.wav", b'"u\n0"'), TRAIN, r"1 missing audio (first: line 3: 'u\n0'"),
     (lambda: (replace(b"16000", b"8000", SOUND), clip(NOISE[:640])), FILL, "1 shorter than 50 ms"),
     (None, f"{TRAIN} --dropout 1.5", "dropout probability has to be between 0 and 1, but got 1.5"),
-    (None, f"{FILL} --layers 5", "partial, 5 layers: this encoder has layers 1 to 4"),
+    (None, f"{FILL} --layers 5", "partial, 5 layers: this encoder has 1 to 4"),
     (None, f"{TRAIN} --out run", "run holds a run; --resume continues it"),
     (lambda: os.remove("run/config.json"), f"{RESUME} --seed 5", "last.pt is of a run with seed 3"),
     (lambda: os.remove("run/last.pt"), RESUME, "run/last.pt: no file, damaged, or not"),
@@ -233,7 +233,7 @@ def test_out_of_memory(words, refused, monkeypatch):
     smaller values; the run does not count as finished."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "predict", Mock(side_effect=RuntimeError(words)))
-        refused(f"{TRAIN} --chunk 8{LATE}", "in less: --out ELSEWHERE --chunk 4 --recompute")
+        refused(f"{TRAIN} --chunk 8{LATE}", "is needed with --out ELSEWHERE --chunk 4 --recompute")
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is True
     call(f"{TRAIN} --chunk 8 --resume{LATE}")
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is False
