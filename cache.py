@@ -40,8 +40,7 @@ def atomic(path, mode="wb"):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
         Path(temporary).unlink(missing_ok=True)
-        reason = f"{str(error).splitlines()[0]}; what was finished before is kept"
-        raise OSError(f"cannot write {path}: {reason}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; rest is kept") from error
 
 
 @contextlib.contextmanager

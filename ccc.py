@@ -59,6 +59,8 @@ def score_file(path, labels=None):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: no prediction or label ({error}); --labels FILE?") from error
     pairs = torch.tensor(pairs, dtype=torch.float64)  # (N, A, 2)
+    if not (columns and pairs.isfinite().all()):
+        raise ValueError(f"{path}: no column Act, Val or Dom, or NaN or infinity in them")
     return len(pred), dict(zip(columns, ccc(*pairs.unbind(2)).tolist(), strict=True))
 
 

@@ -15,7 +15,6 @@ import os
 import re
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ class Utterance(NamedTuple):
     path: str
     split: str
     speaker: str
-    labels: tuple  # A floats, 0 to 1: (label - 1) / 6; NaN in Test3
+    labels: tuple  # A floats, 1 to 7 as 0 to 1 (section III); NaN in Test3
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
 
@@ -79,7 +78,6 @@ def read_corpus(root, attributes=PAPER):
     utterances, problems, seen = [], [], set()
     for line, name, speaker, split, *cells in rows:
         split, path = OLD_SPLITS.get(split, split), os.path.join(audio, name)
-        # 1 to 7 become 0 to 1 (section III), anything else NaN
         labels = tuple((float(c) - 1) / 6 if LABEL.fullmatch(c) else math.nan for c in cells)
         where = f"line {line}: {name!r}"  # quoted: a name may hold anything
         if split not in SPLITS:
@@ -136,13 +134,13 @@ def check_audio(utterances, sample_rate=16000):
 
 
 def find_audio(paths):
-    """Unlabelled utterances of files, and of all audio in folders, whose name is its path there."""
+    """Unlabelled utterances of files, and of all audio in folders: of one, named by its path there."""
     found = []
-    for top in paths:
-        inside = sorted(glob("**", root_dir=top, recursive=True))
-        names = [name for name in inside if name.lower().endswith(AUDIO_SUFFIXES)]
-        pairs = [(name, f"{top}/{name}") for name in names] if os.path.isdir(top) else [(top, top)]
-        found += [Utterance(name, path, "", "", ()) for name, path in pairs]
+    for top in map(Path, paths):
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path == top or (path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()):
+                name = path.relative_to(top) if len(paths) == 1 and path != top else path
+                found.append(Utterance(str(name), str(path), "", "", ()))
     if not found:
         raise ValueError(f"{' '.join(paths)}: no audio files")
     return found

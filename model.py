@@ -27,7 +27,7 @@ DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_p
 # what a config.json says, beside the shapes of the weights, that changes a number
 SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act"]
 SETTINGS += ["feat_extract_activation", "feat_extract_norm", "do_stable_layer_norm"]
-SETTINGS += ["max_bucket_distance", *DROPOUTS]
+SETTINGS += ["max_bucket_distance", "conv_stride", *DROPOUTS]
 
 
 class EmotionModel(nn.Module):
@@ -291,7 +291,7 @@ def build(name, settings):
 def read_checkpoint(path, *keys):
     """Entries of a file of train.py. Only tensors are unpickled; ValueError for other files."""
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         return [saved[key] for key in keys]
     except Exception as error:  # whatever a foreign or damaged file makes of the reader
         raise ValueError(f"{path}: no file, damaged, or not of this project") from error
@@ -359,7 +359,6 @@ def export(args):
     exported.save_pretrained(args.out)
     sound = {"do_normalize": audio["normalise"], "sampling_rate": audio["sample_rate"]}
     transformers.Wav2Vec2FeatureExtractor(**sound).save_pretrained(args.out)
-    print(f"{args.out}: AutoModelForAudioClassification.from_pretrained({args.out!r}) loads it")
 
 
 def params(args):

@@ -13,8 +13,6 @@ import math
 import os
 import shlex
 import sys
-from glob import escape, glob
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +28,16 @@ LATEX = str.maketrans(LATEX | {"✓": r"$\surd$", "✗": r"$\times$"})
 
 
 def find_runs(tops):
-    """Folders of runs under `tops`, each once. Links are followed."""
+    """Folders of runs in `tops` and up to two folders below, each once. Links are followed."""
     found = set()
     for top in tops:
         if not os.path.isdir(top):
             raise ValueError(f"{top}: no such folder")
-        for path in map(Path, glob(f"{escape(top)}/**/config.json", recursive=True)):
-            # Hugging Face folders hold a config.json, too; a run's names its method and its seed
-            if {"method", "seed"} <= json.loads(path.read_text()).keys():
-                found.add(path.resolve().parent)
+        for below in ("config.json", "*/config.json", "*/*/config.json"):
+            for path in Path(top).glob(below):
+                # Hugging Face folders hold a config.json, too; a run's names its method and seed
+                if {"method", "seed"} <= json.loads(path.read_text()).keys():
+                    found.add(path.parent.resolve())
     return sorted(found)
 
 
@@ -83,9 +82,8 @@ def group_rows(runs):
         groups.setdefault(tuple(run[key] for key in ROW), []).append(run)
     for group in groups.values():
         done = [run for run in group if not run["out_of_memory"]]
-        for one, two in pairwise(done):
-            if one["seed"] == two["seed"]:
-                raise ValueError(f"the same row and seed: {one['folder']} and {two['folder']}")
+        if len(done) > len({run["seed"] for run in done}):
+            raise ValueError(f"a seed twice in {', '.join(str(run['folder']) for run in done)}")
         row = {key: group[0][key] for key in (*ROW, "trainable_parameters")}
         row |= {"seeds": [run["seed"] for run in done], "marks": {}}
         for key in (*group[0]["attributes"], "train_hours", "eval_hours", "fill_hours", "peak_gb"):
@@ -265,7 +263,12 @@ def parse_args(argv):
     add("--seeds", type=int, default=5, help="runs a row (default: 5, section V)")
     add("--mixed", choices=("fp16", "bf16"), default="fp16", help="mixed precision (fp16)")
     add("--processes", type=int, default=1, help="GPUs a run, with torchrun (default: 1)")
-    add("--train-args", default="", metavar='"..."', help="more arguments for each train.py line")
+    add(
+        "--train-args",
+        default="",
+        metavar='"..."',
+        help="more for each train.py line; give others other RUNS",
+    )
     args = parser.parse_args(argv)
     if args.commands and (not args.data or len(args.runs) > 1):
         parser.error("--commands needs --data ROOT and one folder for the runs")

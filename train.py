@@ -17,7 +17,6 @@ import csv
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 from functools import partial
@@ -56,8 +55,9 @@ def run(args):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            memory = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
-            write_json(args, "result.json", config | memory)
+            if not Path(args.out, "result.json").exists():  # which may be of a finished run
+                memory = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
+                write_json(args, "result.json", config | memory)
             less = f"--out ELSEWHERE --chunk {max(1, (args.chunk or 8) // 2)} --recompute"
             raise ValueError(f"out of memory; less is needed with {less}") from error
 
@@ -71,6 +71,8 @@ def fit(args, model, datasets, config):
     # bf16 has the range of float32 and needs no scaler
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     history, best = resume(args, config, model, optimizer, scaler)
+    if Path(args.out, f"predictions-{args.splits[2]}.csv").exists():  # written last
+        return print(f"{args.out} is finished")
     write_json(args, "config.json", config)  # not before, as another run's may be there
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -89,12 +91,12 @@ def fit(args, model, datasets, config):
         print(f"{title} {show(scores)}  {middle - start:.1f} s")
     model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
-    if RANK == 0:
-        write_predictions(args, test.utterances, predictions)
     result = {"best_epoch": best["epoch"], "dev": best["dev"], "test": scores | {"n": len(test)}}
     result |= {key: sum(line[key] for line in history) for key in ("train_seconds", "eval_seconds")}
     result["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in history)
     write_json(args, "result.json", config | result | {"out_of_memory": False})
+    if RANK == 0:
+        write_predictions(args, test.utterances, predictions)
     print(f"{args.splits[2]} with epoch {best['epoch']}: {show(scores)}  ({args.out}/result.json)")
 
 
@@ -207,7 +209,7 @@ def load_batch(dataset, args, batch):
         inputs, lengths, _ = data.collate([dataset[rows[p]] for p in positions])
         # in paper padding to the longest of the chunk, even if another process predicts that
         extra = max(dataset.lengths[rows[p]] for p in chunk) - inputs.shape[1]
-        if args.padding == "paper" and extra:
+        if args.padding == "paper" and extra > 0:
             inputs = torch.nn.functional.pad(inputs, [0, 0] * (inputs.dim() - 2) + [0, extra])
         if args.device == "cuda":
             inputs = inputs.pin_memory()  # so that copying it need not wait
@@ -337,7 +339,8 @@ def peak_memory(device):
     """Bytes at the peak of this process: allocated on the GPU or, on a CPU, resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which Linux counts in KiB
+    status = Path("/proc/self/status").read_text().split()  # (ru_maxrss starts at the parent's)
+    return 1024 * int(status[status.index("VmHWM:") + 1])
 
 
 def out_of_memory(error):
@@ -368,8 +371,7 @@ def parse_args(argv):
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     names, shown = data.SPLITS[:-1], "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=shown)
-    names = data.ATTRIBUTES
-    add("--attributes", nargs="+", default=data.PAPER, choices=names, help="(activation valence)")
+    add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")

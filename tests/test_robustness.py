@@ -33,7 +33,7 @@ import train
 COMMANDS = {m.__name__: m for m in (cache, ccc, data, model, train)}
 HEADER = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
 LABELS, CLIP = "corpus/Labels/labels_consensus.csv", "corpus/Audios/u00.wav"
-SHARD, INDEX = "cache/shard-00001.pt", "cache/index.json"
+SHARD, INDEX, RESULT = "cache/shard-00001.pt", "cache/index.json", "finished/result.json"
 CONFIG, SOUND = "encoder/config.json", "encoder/preprocessor_config.json"
 WEIGHTS, PICKLED = "encoder/model.safetensors", "encoder/pytorch_model.bin"
 LAYER = "encoder.layers.3.attention.q_proj.weight"
@@ -57,7 +57,7 @@ def call(line):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, encoder):
     """Folder with corpus/ (u00 to u08 Train, to u12 Development, to u16 Test1), encoder/, cache/
-    and two runs: finished/, with seed 1, and run/, which lacks result.json."""
+    and two runs: finished/, with seed 1, and run/, which lacks predictions-Test1.csv."""
     root, rng, rows = tmp_path_factory.mktemp("robust"), np.random.default_rng(1), [HEADER]
     shutil.copytree(encoder, root / "encoder")
     tqdm.tqdm.monitor_interval = 0  # children are forked from here and killed: no other thread,
@@ -74,7 +74,7 @@ def original(tmp_path_factory, encoder):
         Path(LABELS).write_text("".join(rows))
         for line in (REFILL, RESUME, f"{FINISHED} --seed 1"):
             call(line)
-        Path("run/result.json").unlink()
+        Path("run/predictions-Test1.csv").unlink()
         yield root
 
 
@@ -230,25 +230,27 @@ def test_verify_names_them(spoil, refused):
 @pytest.mark.parametrize("words", ["CUDA out of memory", "GET was unable to find an engine to"])
 def test_out_of_memory(words, refused, monkeypatch):
     """Running out of memory, in PyTorch's or cuDNN's words, is recorded and a line that names
-    smaller values; the run does not count as finished."""
+    smaller values; the run does not count as finished, and a finished one's result is kept."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "predict", Mock(side_effect=RuntimeError(words)))
         refused(f"{TRAIN} --chunk 8{LATE}", "is needed with --out ELSEWHERE --chunk 4 --recompute")
+        patch.setattr(train, "resume", Mock(side_effect=RuntimeError(words)))
+        refused(f"{FINISHED} --seed 1", "out of memory")
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is True
     call(f"{TRAIN} --chunk 8 --resume{LATE}")
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is False
 
 
 def test_resumed_elsewhere(refused, capsys):
-    """A finished run, resumed, says its result again. A run is resumed on the same corpus, encoder
-    and cache in another place, but not on a cache with other contents."""
-    before = Path("finished/predictions-Test1.csv").read_bytes()
+    """A finished run is left as it is. A run is resumed on the same corpus, encoder and cache in
+    another place, but not on a cache with other contents."""
+    before = contents()
     call(f"{FINISHED} --seed 1")
-    assert "Test1 with epoch" in capsys.readouterr().out
-    assert Path("finished/predictions-Test1.csv").read_bytes() == before
+    assert "finished is finished" in capsys.readouterr().out
+    assert contents().keys() == before.keys() and contents()[RESULT] == before[RESULT]
     for line in (RESUME, CACHED):
         call(line)
-    os.remove("new/result.json")
+    os.remove("new/predictions-Test1.csv")
     os.rename("cache", "moved")
     for line in (f"{AGAIN} --cache moved", f"{REFILL} --dtype float32"):
         call(line)
@@ -333,16 +335,18 @@ def test_real_processes(world):
 
 
 def test_predict_names(world):
-    """Files have the names given; in folders, links followed, names below them, UTF-8 or not. What
+    """Files have the names given, and those of the one folder given names in it, UTF-8 or not. What
     is no audio is passed over."""
     for path in ("a/x.wav", "b/x.wav", os.fsdecode(b"c/\xff.wav")):
         os.mkdir(path[0])
         shutil.copy(CLIP, path)
     write("c/notes.txt", b"")
-    Path("c/linked").symlink_to("../a")
-    call(f"{PREDICT} b/x.wav c --csv all.csv")
-    names = [line.partition(b",")[0] for line in Path("all.csv").read_bytes().splitlines()]
-    assert names[1:] == [CLIP.encode(), b"b/x.wav", b"linked/x.wav", b"\xff.wav"]
+    Path("c/linked.wav").symlink_to("../a/x.wav")
+    call(f"{PREDICT} a b/x.wav --csv ab.csv")
+    call("model predict run --model encoder c --csv c.csv")
+    lines = [Path(name).read_bytes().splitlines()[1:] for name in ("ab.csv", "c.csv")]
+    names = [[line.partition(b",")[0] for line in part] for part in lines]
+    assert names == [[CLIP.encode(), b"a/x.wav", b"b/x.wav"], [b"linked.wav", b"\xff.wav"]]
 
 
 @pytest.mark.parametrize("path", [LABELS, INDEX, SHARD])
