@@ -1,6 +1,5 @@
-"""A disk cache of the frozen half's output (section IV-C), filled once, read by all runs that freeze
-at least as much. Everything above `parse_args` stands alone: copy it. Its command needs data.py and
-model.py:
+"""A disk cache of the frozen half's output (section IV-C), filled once, read by runs that freeze as
+much or more. All above `parse_args` stands alone: copy it. Its command needs data.py and model.py:
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # fill
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3 --verify    # read all back
@@ -16,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -57,8 +57,14 @@ def lock(folder, name=".lock"):
         yield
 
 
+def leave_on_interrupt(advice):
+    """Ctrl-C ends the process at once: an exception might be swallowed in a destructor."""
+    leave = lambda *_: (os.write(2, f"\ninterrupted: {advice}\n".encode()), os._exit(130))
+    signal.signal(signal.SIGINT, leave)
+
+
 def read_index(folder, wanted):
-    """{"fingerprint": what the cache was made from, "seconds": of filling, "utterances": {name:
+    """{"fingerprint": what the cache was made from, "seconds": of the slowest filler, "utterances": {name:
     [shard, offset, frames, checksum, audio state]}}: a folder's index files merged, without shards
     that are missing. ValueError if one is damaged or its fingerprint is not as `wanted` says."""
     fingerprint, seconds, utterances = wanted, [], {}
@@ -79,7 +85,6 @@ def read_index(folder, wanted):
             raise ValueError(f"the cache {folder} was made with another {what}. Fill one elsewhere")
     if not seconds:
         raise FileNotFoundError(f"{folder} is no cache: no index.json; fill one with cache.py")
-    # the longest, as processes fill side by side
     return {"fingerprint": fingerprint, "seconds": max(seconds), "utterances": utterances}
 
 
@@ -103,8 +108,7 @@ class CachedDataset:
     def __init__(self, folder, utterances, index):
         entries = index["utterances"]
         if lacking := [u.name for u in utterances if u.name not in entries]:
-            n, first = len(lacking), lacking[0]
-            raise ValueError(f"{folder} lacks {n} utterances, first {first}; cache.py adds them")
+            raise ValueError(f"{folder} lacks {len(lacking)} utterances: {lacking[0]}; fill again")
         for u in utterances:
             shard, *_, state = entries[u.name]
             stat = os.stat(u.path)  # read only if its size or time are not the same
@@ -247,9 +251,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    leave_on_interrupt("the same line adds what is missing")
     try:
         main()
     except (ValueError, OSError) as error:  # bad input: one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "\ninterrupted: the same line adds what is missing\n")

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def find_runs(tops):
     """Folders of runs in `tops` and up to two folders below, each once. Links are followed."""
     found = set()
     for top in tops:
-        if not os.path.isdir(top):
+        if not Path(top).is_dir():
             raise ValueError(f"{top}: no such folder")
         for below in ("config.json", "*/config.json", "*/*/config.json"):
             for path in Path(top).glob(below):

@@ -87,8 +87,7 @@ def fit(args, model, datasets, config):
             weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             best = {"epoch": epoch, "dev": scores, "weights": weights}
         save_epoch(args, config, history, best, model, optimizer, scaler)
-        title = f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {args.splits[1]}"
-        print(f"{title} {show(scores)}  {middle - start:.1f} s")
+        print(f"epoch {epoch}/{args.epochs} loss {loss:.4f} {show(scores)} {middle - start:.1f} s")
     model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
     result = {"best_epoch": best["epoch"], "dev": best["dev"], "test": scores | {"n": len(test)}}
@@ -441,9 +440,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    cache.leave_on_interrupt("continue it with --resume")
     try:
         main()
     except (ValueError, OSError) as error:  # bad input: one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "\ninterrupted: continue it with --resume\n")

@@ -165,7 +165,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: replace(b'r": 2', b'r": 1', INDEX), CACHED + LATE, " is damaged at utterance u"),
     (None, f"{TRAIN} --cache new", "new is no cache: no index.json"),
     (weights, CACHED, "the cache cache was made with another encoder"),
-    (lambda: os.remove(SHARD), CACHED, " utterances, first u"),
+    (lambda: os.remove(SHARD), CACHED, " utterances: u"),
     (lambda: clip(NOISE[:2400]), CACHED, f"{CLIP} has changed; delete cache/shard-00000.pt"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
 ]
