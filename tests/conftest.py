@@ -153,8 +153,7 @@ def launch(corpus, encoder):
 
 @pytest.fixture
 def prepare(launch, tmp_path_factory, monkeypatch):
-    """prepare(*options) -> args, model, datasets as train.py has when its training begins, and the
-    first training batch (inputs, lengths, targets)."""
+    """prepare(*options) -> args, model, datasets as train.fit gets them, and the first batch."""
     made = []
 
     def instead_of_fit(args, model, datasets, config):

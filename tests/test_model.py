@@ -259,11 +259,12 @@ def test_training_flags_are_not_obeyed(family, tmp_path):
 
 
 def test_identity():
-    """Equal weights with other heads, another activation or dropout are another encoder, and so is
+    """Equal weights with other heads, strides, activation or dropout are another encoder, and so is
     one changed weight; masked_spec_embed, which nothing uses, is no part of it."""
     base = models.identity(tiny_encoder())
-    changes = [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"attention_dropout": 0.2}]
-    assert len({base, *(models.identity(tiny_encoder(**change)) for change in changes)}) == 4
+    changes = {"num_attention_heads": 2, "hidden_act": "relu", "attention_dropout": 0.2}
+    changes |= {"conv_stride": (5, 2, 2, 2, 2, 2, 1)}
+    assert len({models.identity(tiny_encoder(**{k: v})) for k, v in changes.items()} | {base}) == 5
     changed = tiny_encoder()
     changed.masked_spec_embed.data += 1
     assert models.identity(changed) == base
