@@ -244,8 +244,7 @@ def load_encoder(name):
     config = from_pretrained(transformers.AutoConfig, name)
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
     if odd or config.model_type not in FAMILIES:
-        what = " ".join([config.model_type, *odd])
-        raise ValueError(f"{name}: {what} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{name}: {' '.join([config.model_type, *odd])} is not one of {FAMILIES}")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     encoder, report = from_pretrained(transformers.AutoModel, name, **options)
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -302,8 +301,7 @@ def load_run(run, name=None):
     trained; the rest is the run's encoder, `name` or where it was. ValueError for another."""
     path = Path(run, "best.pt")
     config, weights = read_checkpoint(path, "config", "weights")
-    name = name or config["model"]
-    model, audio, digest = build(name, config)
+    model, audio, digest = build(name := name or config["model"], config)
     if digest != config["encoder"]:
         raise ValueError(f"{path} was trained from another encoder than {name} is")
     if trainable(model).keys() != weights.keys():
