@@ -1,4 +1,4 @@
-"""The scripts on the path, whichever folder pytest starts in; a tiny corpus, encoder, helpers."""
+"""The scripts on the path, whichever folder pytest starts in; a tiny corpus, a tiny encoder, and what tests share."""
 
 import csv
 import json
