@@ -64,9 +64,9 @@ def leave_on_interrupt(advice):
 
 
 def read_index(folder, wanted):
-    """{"fingerprint": what the cache was made from, "seconds": of the slowest filler, "utterances": {name:
-    [shard, offset, frames, checksum, audio state]}}: a folder's index files merged, without shards
-    that are missing. ValueError if one is damaged or its fingerprint is not as `wanted` says."""
+    """{"fingerprint": what the cache was made from, "seconds": it took, "utterances":
+    {name: [shard, offset, frames, checksum, audio state]}}: index files merged, missing shards left
+    out. ValueError if one is damaged or its fingerprint is not as `wanted` says."""
     fingerprint, seconds, utterances = wanted, [], {}
     present = {path.name for path in Path(folder).glob("shard-*.pt")}
     for path in sorted(Path(folder).glob("index*.json")):
@@ -203,7 +203,8 @@ def parse_args(argv):
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
     add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
     add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
-    add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="(the first three)")
+    names = ["Train", "Development", "Test1"]
+    add("--splits", nargs="+", default=names, help="to cache (Train Development Test1)")
     add("--verify", action="store_true", help="read all back and compare it with its checksums")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
@@ -227,7 +228,7 @@ def main(argv=None):
         if n := verify(args.out, index, utterances):
             raise ValueError(f"{args.out} has {n} defects; delete the shards named, and fill again")
         return print(f"{args.out}: all {len(utterances)} utterances are intact")
-    CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # raises
+    CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # checks
     frames = sum(model.frames(u.samples) for u in utterances if u.name not in held)
     needed = frames * model.encoder.config.hidden_size * DTYPES[args.dtype].itemsize
     print(f"{describe(model, audio)}; layer {model.cut}: {needed / 1e9:.3g} GB to fill")

@@ -134,7 +134,7 @@ def check_audio(utterances, sample_rate=16000):
 
 
 def find_audio(paths):
-    """Unlabelled utterances of files, and of all audio in folders: of one, named by its path there."""
+    """Unlabelled utterances of files, and of audio in folders: of one, named by its path there."""
     found = []
     for top in map(Path, paths):
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
@@ -218,7 +218,7 @@ SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utte
 
 
 def synthesize(activation, valence, voice, rng, sample_rate=16000):
-    """Speech-like sound (S,) of a voice (f0 in Hz, formant scale), by source and filter. Activation,
+    """Speech-like sound (S,) of a voice (f0 in Hz, formant scale), source and filter. Activation,
     0 to 1, raises pitch and syllable rate and flattens the spectral tilt; valence raises formants,
     as a smile does, widens intonation, shortens pauses and lessens breath."""
     f0, tract = voice

@@ -135,7 +135,7 @@ class EmotionModel(nn.Module):
         return self.run_layers(self.embed(features, mask), mask, 0, self.cut), frames
 
     def trained(self, hidden, frames):
-        """What `frozen` returns -> (B, A), a column an attribute, on the scale 0 to 1, unbounded."""
+        """What `frozen` returns -> (B, A), a column an attribute, on the scale 0 to 1."""
         mask = self.mask(hidden, frames)
         if self.cut is None:
             hidden = self.embed(hidden, mask)
@@ -165,8 +165,8 @@ def wavlm_attention(attention, hidden, mask, position_bias):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B). A, lora_a
-    (rank, in), starts random, B, lora_b (out, rank), at zero: at first the output is the base's."""
+    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B). A,
+    lora_a (rank, in), starts random, B, lora_b (out, rank), at 0: so the output starts as base's."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
@@ -337,7 +337,7 @@ def predict(args):
 
 
 def export(args):
-    """Save a run as Hugging Face's sequence classification model, with logits on the scale 0 to 1."""
+    """Save a run as Hugging Face's sequence classification model, whose logits are 0 to 1."""
     model, audio = load_run(args.run, args.model)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} exists and is not empty; give a new folder")

@@ -373,7 +373,8 @@ def parse_args(argv):
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
-    add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")
+    names = "full", "partial", "lora"
+    add("--method", choices=names, default="partial", help="all layers, last, adapters (partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
     add("--rank", type=int, default=8, help="lora: rows of A (8)")
     add("--alpha", type=float, default=16, help="lora: its output is scaled by alpha / rank (16)")

@@ -1,4 +1,4 @@
-"""The scripts on the path, whichever folder pytest starts in; a tiny corpus, a tiny encoder, and what tests share."""
+"""The scripts on the path, wherever pytest starts; a tiny corpus and encoder; what tests share."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def relative(actual, expected):
 
 
 def chunked(lengths, inputs, chunk=None):
-    """A padded batch in chunks, short to long, as train.predict takes it, and places in the batch."""
+    """A padded batch in chunks, short to long, for train.predict, and places in the batch."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     rows = [order[i : i + (chunk or len(order))] for i in range(0, len(order), chunk or len(order))]
     chunks = [(inputs[r, : max(lengths[i] for i in r)], [lengths[i] for i in r]) for r in rows]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 BLUE, ORANGE, RED, INK = "#d3e6f8", "#f8bd7f", "#c8102e", "#1f2933"
-COLUMNS = [  # title, its cost in the paper, trained layers, y of the cut, y where frozen layers begin
+COLUMNS = [  # title, its cost in the paper, trained layers, y of the cut, y of frozen layers
     ("full", "90.2 M trained, 2.98 h", 12, 582, 0),
     ("last 3 layers", "26.4 M trained, 2.52 h", 3, 582, 249),
     ("last 3, from a cache", "21.3 M trained, 1.02 h*", 3, 269, 0),

@@ -120,8 +120,8 @@ def test_processes_agree(n, found):
 
 @pytest.mark.parametrize(("processes", "bound"), [(2, 1.9), (4, 3.5), (8, 4.6)])
 def test_nobody_waits_long(processes, bound):
-    """Chunks of 4 of batches of 32 with lengths like MSP-Podcast's, dealt out: all processes together
-    pass that many times as many padded frames a step as the slowest one."""
+    """Chunks of 4 of batches of 32 with lengths like MSP-Podcast's, dealt out: all processes pass
+    together that many times as many padded frames a step as the slowest one."""
     rng, speedups = np.random.default_rng(0), []
     for _ in range(200):
         # exponential, cut to 2.75 to 11 s, mean 5.65 s

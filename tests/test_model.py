@@ -256,6 +256,9 @@ def test_training_flags_are_not_obeyed(family, tmp_path):
     trained = step(model.train(), ragged())
     assert len(calls) == DEPTH
     assert relative(trained, step(model.eval(), ragged())) < 1e-6
+    for layer in encoder.encoder.layers:
+        layer.attention.dropout = 0.5  # what is obeyed: in training only
+    assert relative(step(model.train(), ragged()), trained) > 1e-3
 
 
 def test_identity():

@@ -56,8 +56,7 @@ def test_chunks_are_the_whole_batch(name, row, prepare):
 @pytest.mark.parametrize("padding", ["paper", "exact"])
 @every_row
 def test_recompute_changes_nothing(name, padding, row, prepare):
-    """Dropout on, recomputed activations give the same predictions, loss and gradients to the last
-    bit."""
+    """Dropout on, recomputed activations give the same predictions, loss and gradients bitwise."""
     made = prepare(*row(name), "--padding", padding, "--batch-size", 7)
     model = made.model.train()
     for chunk in (None, 3):
@@ -69,8 +68,7 @@ def test_recompute_changes_nothing(name, padding, row, prepare):
 
 
 def test_recompute_keeps_nothing(prepare):
-    """With --recompute a forward pass keeps less than a hundredth of the bytes for the backward
-    pass."""
+    """With --recompute a forward pass keeps less than a hundredth for the backward pass."""
     made, kept = prepare("--method", "full"), {}
     for recompute in (False, True):
         tensors = []
@@ -101,7 +99,7 @@ def test_evaluation_order(name, chunk, row, prepare):
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_paper_padding_is_zeros(chunk, prepare):
-    """In paper padding each chunk is zero-padded to the longest of it, in evaluation and training."""
+    """In paper padding each chunk is zero-padded to its longest, in evaluation and training."""
     made = prepare("--padding", "paper", *(["--chunk", chunk] if chunk else []))
     dataset = made.datasets["Train"]
     for epoch in (None, 1):
@@ -153,8 +151,7 @@ def test_an_epoch(launch, prepare, tmp_path):
 
 
 def check_run(folder):
-    """A run folder has every file and key; result.json and the predictions agree by ccc.py. ->
-    result.json"""
+    """A run folder has every file and key, and agrees with its predictions -> result.json"""
     assert {path.name for path in folder.iterdir()} - {".lock"} == set(FILES.split())
     result, config = (json.loads((folder / f"{f}.json").read_text()) for f in ("result", "config"))
     (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -211,8 +208,8 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
 
 
 def test_attributes(corpus, launch, tmp_path):
-    """--attributes dominance valence: two columns in that order, in predictions, scores and weights;
-    predictions-Test1.csv holds the split in corpus order with its labels. One attribute is enough."""
+    """--attributes dominance valence: two columns in that order, in scores, weights, predictions,
+    which hold the split in corpus order with its labels. One attribute is enough."""
     launch(tmp_path / "two", "--attributes", "dominance", "valence", "--padding", "exact")
     result = check_run(tmp_path / "two")
     assert list(result["dev"]) == ["dominance", "valence"] == result["attributes"]
