@@ -166,7 +166,7 @@ def wavlm_attention(attention, hidden, mask, position_bias):
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B). A,
-    lora_a (rank, in), starts random, B, lora_b (out, rank), at 0: so the output starts as base's."""
+    lora_a (rank, in), starts random, B, lora_b (out, rank), at 0: the output starts as base's."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
