@@ -1,259 +1,367 @@
-"""A disk cache of the frozen half's output (section IV-C), filled once, read by runs that freeze as
-much or more. All above `parse_args` stands alone: copy it. Its command needs data.py and model.py:
+"""A disk cache of what the frozen stages compute (section IV-C). Filled for the last 3 layers, it
+serves runs of the last 3, 2 and 1: the stages between are frozen, and run from it.
 
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3             # fill
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3 --verify    # read all back
+IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
+CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
+it was made from, whose hidden states it holds, how many frames of each, and a checksum an utterance.
+There is no index that could disagree with them. What stands above the command line needs no other
+file of this project: copy it.
 
-A folder holds shard-00000.pt …: hidden states before a transformer layer, packed without padding,
-each utterance computed alone, in float32, so one cache serves both paddings; and index.json, which
-`read_index` describes. With torchrun, process r > 0 writes index-r.json and shard-r-00000.pt ….
+    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # fill; train.py does it, too
+    python cache.py --out cache/last-3 --verify                         # read all of it back
+
+In comments: S samples, T frames, D width, A attributes.
 """
 
 import argparse
 import contextlib
 import fcntl
+import io
+import itertools
 import json
 import os
 import shutil
-import signal
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-SHARD_BYTES = 256 * 2**20  # about what an interruption loses: an hour of speech
+SHARD_BYTES = 256 * 2**20  # About what an interruption loses: an hour of speech.
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-@contextlib.contextmanager
-def atomic(path, mode="wb"):
-    """Open a file that appears at `path` whole or, where OSError is raised, not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
-        Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; rest is kept") from error
+class Entry(NamedTuple):
+    """Where the hidden states of an utterance are."""
+
+    path: str  # of the shard
+    start: int  # their first frame in it
+    frames: int
+    checksum: int
+    recording: int | None  # CRC-32 of the recording's file as it was read, if there was one
 
 
-@contextlib.contextmanager
-def lock(folder, name=".lock"):
-    """Make `folder` and hold it for this process, until it ends; OSError if another does."""
+@torch.no_grad()
+def encode(model, recordings, device):
+    """Step 1: (name, wave (S,) float32, CRC-32 of the recording) -> items for `fill`, one by one:
+    each utterance alone and unpadded, in float32, whatever the precision and padding of a run."""
+    model.eval().to(device)
+    for name, wave, recording in recordings:
+        hidden, _ = model.prefix(wave[None].to(device), [len(wave)])  # (1, T, D)
+        yield name, hidden[0], recording
+
+
+def fill(folder, fingerprint, items, process=0):
+    """Step 2: write hidden states into shards of a folder.
+
+    fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None); with a
+        generator, the seconds that a shard says it took are those of its making, too
+    process : number of this process among those that fill the folder now
+
+    A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
+    for hidden states that are not finite in that dtype. The greatest float16 is 65,504.
+    """
     os.makedirs(folder, exist_ok=True)
-    with open(Path(folder, name), "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise OSError(f"{folder} is in use by another process; give another folder") from error
-        except OSError as error:  # some network file systems have no locks
-            print(f"{folder} cannot be locked ({error.strerror}): use it from one process only")
-        yield
+    dtype = DTYPES[fingerprint["dtype"]]
+    shard = []
+    size = 0
+    start = time.perf_counter()
+    for name, hidden, recording in items:
+        # A copy, because the caller may reuse its tensor for the next utterance.
+        hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
+        if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
+            raise ValueError(f"'{name}': NaN, or beyond the range of {dtype} (--dtype float32)")
+        shard.append((name, hidden, recording))
+        size += hidden.nbytes
+        if size >= SHARD_BYTES:
+            write_shard(folder, fingerprint, shard, process, time.perf_counter() - start)
+            shard = []
+            size = 0
+            start = time.perf_counter()
+    if shard:
+        write_shard(folder, fingerprint, shard, process, time.perf_counter() - start)
 
 
-def leave_on_interrupt(advice):
-    """Ctrl-C ends the process at once: an exception might be swallowed in a destructor."""
-    leave = lambda *_: (os.write(2, f"\ninterrupted: {advice}\n".encode()), os._exit(130))
-    signal.signal(signal.SIGINT, leave)
+def write_shard(folder, fingerprint, items, process, seconds):
+    """One file of items as `fill` takes them: the states, packed without padding, and all that is
+    known about them."""
+    names, hidden, recordings = zip(*items, strict=True)
+    content = {
+        "fingerprint": fingerprint,
+        "names": list(names),
+        "frames": [len(states) for states in hidden],
+        "checksums": [checksum(fingerprint, *pair) for pair in zip(names, hidden, strict=True)],
+        "audio": list(recordings),
+        "seconds": seconds,
+        "hidden": torch.cat(hidden),  # (sum of T, D)
+    }
+    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
+    with atomic(next(path for path in paths if not path.exists())) as file:
+        torch.save(content, file)
 
 
-def read_index(folder, wanted):
-    """{"fingerprint": what the cache was made from, "seconds": it took, "utterances":
-    {name: [shard, offset, frames, checksum, audio state]}}: index files merged, missing shards left
-    out. ValueError if one is damaged or its fingerprint is not as `wanted` says."""
-    fingerprint, seconds, utterances = wanted, [], {}
-    present = {path.name for path in Path(folder).glob("shard-*.pt")}
-    for path in sorted(Path(folder).glob("index*.json")):
-        try:
-            index = json.loads(path.read_text())
-            found, entries = index["fingerprint"], index["utterances"].items()
-            fingerprint = found | fingerprint
-            seconds.append(float(index["seconds"]))
-            for name, (shard, offset, frames, check, (size, changed, crc)) in entries:
-                if shard in present:
-                    utterances[name] = [shard, offset, frames, check, [size, changed, crc]]
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged; delete it, and cache.py fills again") from error
-        if differing := [key for key in fingerprint if found.get(key) != fingerprint[key]]:
-            what = "; ".join(f"{key} {found.get(key)}, not {fingerprint[key]}" for key in differing)
-            raise ValueError(f"the cache {folder} was made with another {what}. Fill one elsewhere")
-    if not seconds:
-        raise FileNotFoundError(f"{folder} is no cache: no index.json; fill one with cache.py")
-    return {"fingerprint": fingerprint, "seconds": max(seconds), "utterances": utterances}
+def checksum(fingerprint, name, hidden):
+    """CRC-32 of what a cache was made from, and of an utterance's name, frames and hidden states:
+    it finds damage, swapped entries, wrong places and wrong claims."""
+    claim = json.dumps([fingerprint, name, len(hidden)], sort_keys=True)
+    return zlib.crc32(hidden.numpy(), zlib.crc32(claim.encode()))
 
 
-def checksum(index, name, hidden):
-    """CRC-32 of what a cache was made from, an utterance's name and its hidden states (T, D):
-    checked at every read, it finds damage, swapped entries, wrong offsets and wrong claims."""
-    start = json.dumps([index["fingerprint"], name], sort_keys=True).encode()
-    return zlib.crc32(hidden.numpy(), zlib.crc32(start))
+def open_shard(path):
+    """A shard's content, its hidden states mapped and not read. Only tensors and plain values are
+    unpickled. ValueError if it is damaged."""
+    try:
+        shard = torch.load(path, mmap=True, weights_only=True)
+        lists = [shard[key] for key in ("names", "frames", "checksums", "audio")]
+        whole = len({len(values) for values in lists}) == 1
+        fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
+        known = shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES
+        if not (whole and fits and known):
+            raise ValueError("its lists are not of what it holds")
+    except OSError:
+        raise  # It names its file itself.
+    except Exception as error:  # whatever a damaged or hostile file makes of the reader
+        raise ValueError(f"'{path}' is damaged: delete it, and fill again") from error
+    return shard
 
 
-def audio_state(path):
-    """[bytes, time of change in ns, CRC-32 of the contents] of an audio file."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, zlib.crc32(Path(path).read_bytes())]
+def read_entries(folder):
+    """What a folder holds -> {name: Entry}, the fingerprint of its shards (None without one), and
+    the seconds that filling took. ValueError if a shard is damaged or of another cache."""
+    entries = {}
+    fingerprint = None
+    seconds = {}  # {process: seconds}. As processes fill side by side, it takes the longest.
+    for path in sorted(Path(folder).glob("shard-*.pt")):
+        shard = open_shard(path)
+        fingerprint = fingerprint or shard["fingerprint"]
+        if shard["fingerprint"] != fingerprint:
+            raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
+        start = 0
+        columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
+        for name, frames, check, recording in zip(*columns, strict=True):
+            entries[name] = Entry(str(path), start, frames, check, recording)
+            start += frames
+        process = path.name.split("-")[1]
+        seconds[process] = seconds.get(process, 0.0) + shard["seconds"]
+    return entries, fingerprint, max(seconds.values(), default=0.0)
 
 
 class CachedDataset:
-    """Item i: hidden states (T, D) in the cache's dtype, target (A,) float32. Utterances need name,
-    path and labels. ValueError where one is lacking, damaged, or its audio file has changed."""
+    """Step 3. Item i: hidden states (T, D) in the cache's dtype, target (A,) float32.
 
-    def __init__(self, folder, utterances, index):
-        entries = index["utterances"]
-        if lacking := [u.name for u in utterances if u.name not in entries]:
-            raise ValueError(f"{folder} lacks {len(lacking)} utterances: {lacking[0]}; fill again")
-        for u in utterances:
-            shard, *_, state = entries[u.name]
-            stat = os.stat(u.path)  # read only if its size or time are not the same
-            if [stat.st_size, stat.st_mtime_ns] != state[:2] and audio_state(u.path)[2] != state[2]:
-                raise ValueError(f"{u.path} has changed; delete {folder}/{shard} and fill again")
-        self.folder, self.utterances, self.index = folder, utterances, index
-        self.opened = {}  # shards stay mapped, as mapping (.6 ms) takes longer than reading (.3 ms)
-        self.lengths = [entries[u.name][2] for u in utterances]  # in frames
+    entries : of read_entries
+    utterances : objects with name, and labels, A floats on 0 to 1
+
+    `lengths` are in frames. ValueError where an utterance is lacking or, at its reading, damaged.
+    """
+
+    def __init__(self, entries, utterances):
+        lacking = [u.name for u in utterances if u.name not in entries]
+        if lacking:
+            raise ValueError(f"the cache lacks {len(lacking)} utterances, '{lacking[0]}' first")
+        self.utterances = utterances
+        self.entries = [entries[u.name] for u in utterances]
+        self.lengths = [entry.frames for entry in self.entries]
         self.targets = torch.tensor([u.labels for u in utterances], dtype=torch.float32)  # (N, A)
+        # Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
+        self.shards = {}
+
+    def __getstate__(self):
+        """Pickled, for a DataLoader with processes, it carries the entries and not the shards."""
+        return self.__dict__ | {"shards": {}}
 
     def __len__(self):
         return len(self.utterances)
 
     def __getitem__(self, i):
         name = self.utterances[i].name
-        shard, offset, frames, expected, _ = self.index["utterances"][name]
-        try:
-            if shard not in self.opened:
-                file = torch.load(Path(self.folder, shard), mmap=True, weights_only=True)
-                self.opened[shard] = file["hidden"].detach()
-            hidden = self.opened[shard][offset : offset + frames].clone()
-            if checksum(self.index, name, hidden) != expected:
-                raise ValueError("wrong checksum")
-        except Exception as error:  # whatever a damaged or hostile file makes of the reader
-            reason = f"is damaged at utterance {name}; delete it, and cache.py fills it again"
-            raise ValueError(f"{Path(self.folder, shard)} {reason}") from error
+        entry = self.entries[i]
+        if entry.path not in self.shards:
+            self.shards[entry.path] = open_shard(entry.path)
+        shard = self.shards[entry.path]
+        hidden = shard["hidden"][entry.start : entry.start + entry.frames].clone()
+        if checksum(shard["fingerprint"], name, hidden) != entry.checksum:
+            raise ValueError(f"'{entry.path}' is damaged at '{name}': delete it, and fill again")
         return hidden, self.targets[i]
 
 
-def add_shard(folder, index, process, parts):
-    """Write [(utterance, hidden states (T, D))] as one file, then the index that knows of it."""
-    suffix, number, offset = f"-{process}" if process else "", 0, 0
-    used = {shard for shard, *_ in index["utterances"].values()}
-    while (shard := f"shard{suffix}-{number:05}.pt") in used:
-        number += 1
-    with atomic(Path(folder, shard)) as file:
-        torch.save({"hidden": torch.cat([hidden for _, hidden in parts])}, file)
-    for utterance, hidden in parts:
-        check, state = checksum(index, utterance.name, hidden), audio_state(utterance.path)
-        index["utterances"][utterance.name] = [shard, offset, len(hidden), check, state]
-        offset += len(hidden)
-    mine = index["utterances"].items()  # each process lists its own shards
-    mine = {name: e for name, e in mine if e[0].rpartition("-")[0] == f"shard{suffix}"}
-    with atomic(Path(folder, f"index{suffix}.json"), "w") as file:
-        file.write(json.dumps(index | {"utterances": mine}))  # json.dump is ten times slower
+@contextlib.contextmanager
+def atomic(path, mode="wb"):
+    """Open a file that appears at `path` whole or, where OSError is raised, not at all."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError.
+        Path(temporary).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"cannot write '{path}': {reason}; what was there is kept") from error
 
 
-def fill(folder, index, utterances, encode, process=0):
-    """Add utterances to a cache, whose `lock` the caller holds. A shard, then the index, is written
-    whole, by a thread while the model goes on: whenever the process ends, the cache is valid.
-
-    index : read_index's, or {"fingerprint": …, "seconds": 0.0, "utterances": {}}.
-    utterances : what it lacks, with name and path.
-    encode : a generator that makes of them their hidden states (T, D), each as if alone.
-    process : number of this process among those that fill the folder now.
-    """
-    dtype, parts, size, start = DTYPES[index["fingerprint"]["dtype"]], [], 0, time.perf_counter()
-    with ThreadPoolExecutor(1) as writer:
-        written = writer.submit(str)  # nothing yet
-        for utterance, hidden in zip(utterances, encode(utterances), strict=True):
-            hidden = hidden.to(dtype, copy=True)
-            if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
-                raise ValueError(f"{utterance.path}: NaN, or beyond {dtype} (--dtype float32)")
-            parts.append((utterance, hidden))
-            size += hidden.nbytes
-            if size >= SHARD_BYTES or utterance is utterances[-1]:
-                written.result()  # one at a time, to bound the memory
-                index["seconds"] += time.perf_counter() - start
-                start = time.perf_counter()
-                written = writer.submit(add_shard, folder, index, process, parts)
-                parts, size = [], 0
-        written.result()
-
-
-def verify(folder, index, utterances):
-    """Print what is lacking in a cache, damaged or changed since -> number of defects."""
-    defects = 0
-    for u in utterances:
+@contextlib.contextmanager
+def lock(folder, name=".lock", leftovers="*.tmp", wait=False):
+    """Make a folder, hold a lock of it, and remove what killed holders left half written. Where
+    another process holds the lock, raise OSError or, with `wait`, say so and wait."""
+    os.makedirs(folder, exist_ok=True)
+    with open(Path(folder, name), "a") as file:
         try:
-            CachedDataset(folder, [u], index)[0]
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if not wait:
+                raise OSError(f"'{folder}' is in use by another process") from error
+            print(f"waiting for another process, which writes into '{folder}'", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:  # Some network file systems have no locks.
+            print(f"'{folder}' cannot be locked ({error.strerror}): use it from one process only")
+        for path in Path(folder).glob(leftovers):
+            path.unlink()
+        yield
+
+
+# ---- command line ----
+
+
+def complete(folder, model, utterances, args, dtype=None):
+    """Fill what a cache lacks of this process's share of some utterances, and set the model's cut to
+    the cache's. ValueError where the folder is no cache, or none that the model can be trained from.
+
+    The share is by position in the corpus, so that processes which look at different moments leave
+    no gap. The folder is looked at before it is locked, as a complete cache may be read-only, and
+    again behind the lock, as another run may have filled it meanwhile.
+    """
+    import data  # the commands' own need, not the part to copy
+
+    rank, processes = process_numbers()
+    _, lacking = look(folder, model, utterances[rank::processes], dtype)
+    if not lacking:
+        return
+    lacking = data.usable(lacking, model.sample_rate, args.skip_bad)
+    with lock(folder, f".lock-{rank}", f"shard-{rank}-*.tmp", wait=True):
+        fingerprint, lacking = look(folder, model, lacking, dtype)
+        frames = sum(model.frames(u.samples) for u in lacking)
+        size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
+        free = shutil.disk_usage(folder).free
+        print(f"'{folder}' lacks {len(lacking):,} utterances, {size / 1e9:.3g} GB", flush=True)
+        if size > free:
+            raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
+        loaded = data.read_ahead(partial(read_recording, model.sample_rate), lacking, args.workers)
+        bar = tqdm(loaded, "fill", len(lacking), leave=False, disable=None)
+        fill(folder, fingerprint, encode(model, bar, args.device), rank)
+
+
+def look(folder, model, utterances, dtype):
+    """The fingerprint of a folder for a model, whose cut becomes the folder's, and what it lacks of
+    some utterances. A folder with shards keeps its cut and dtype; a new one gets the model's cut and
+    float16."""
+    entries, found, _ = read_entries(folder)
+    foreign = [] if found or not os.path.isdir(folder) else os.listdir(folder)
+    foreign = [name for name in foreign if not name.startswith((".lock", "shard-"))]
+    if foreign:
+        raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
+    cut = found.get("cut") if found else model.cut
+    if cut not in range(1, model.cut + 1):
+        layers = len(model.encoder.encoder.layers) + 1 - model.cut
+        raise ValueError(f"'{folder}' is for fewer layers: fill another with --layers {layers}")
+    wanted = {
+        "encoder_sha256": model.encoder_sha256,
+        "cut": cut,
+        "dtype": dtype or (found["dtype"] if found else "float16"),
+        "sample_rate": model.sample_rate,
+        "normalise": model.normalise,
+        "prefix_version": model.PREFIX_VERSION,
+    }
+    if found not in (None, wanted):
+        other = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+        raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
+    model.cut = cut
+    return wanted, [u for u in utterances if u.name not in entries]
+
+
+def read_recording(sample_rate, utterance):
+    """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
+    import data
+
+    file = io.BytesIO(Path(utterance.path).read_bytes())
+    file.name = utterance.path  # what an error names
+    recording = zlib.crc32(file.getbuffer())
+    return utterance.name, torch.from_numpy(data.load_audio(file, sample_rate)), recording
+
+
+def process_numbers():
+    """Number of this process, and how many there are: torchrun's words, or a job array's."""
+    rank = int(os.environ.get("RANK", "0"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    half = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+    if half or not 0 <= rank < processes:
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {processes}: set both, or neither")
+    return rank, processes
+
+
+def verify(folder, root):
+    """Print every utterance that is damaged or, with a corpus, whose recording is another now."""
+    import data
+
+    entries, _, _ = read_entries(folder)
+    paths = {u.name: u.path for u in data.read_corpus(root, ())[0]} if root else {}
+    utterances = [SimpleNamespace(name=name, labels=()) for name in entries]
+    dataset = CachedDataset(entries, utterances)
+    defects = 0
+    for i, name in enumerate(tqdm(entries, "verify", leave=False, disable=None)):
+        try:
+            dataset[i]
+            recording = entries[name].recording
+            if name in paths and zlib.crc32(Path(paths[name]).read_bytes()) != recording:
+                raise ValueError(f"'{paths[name]}' has changed: delete '{entries[name].path}'")
         except ValueError as error:
-            print(error)
+            tqdm.write(str(error))
             defects += 1
-    return defects
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Fill or verify a cache of the frozen half.")
-    add = parser.add_argument
-    add("--data", required=True, help="corpus folder in MSP-Podcast's layout (section III)")
-    add("--out", required=True, help="cache folder; what it holds already is kept")
-    add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
-    add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
-    add("--dtype", choices=DTYPES, default="float16", help="float16 is half the size (default)")
-    names = ["Train", "Development", "Test1"]
-    add("--splits", nargs="+", default=names, help="to cache (Train Development Test1)")
-    add("--verify", action="store_true", help="read all back and compare it with its checksums")
-    add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
-    add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
-    return parser.parse_args(argv)
+    if defects or not entries:
+        raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are damaged")
+    print(f"'{folder}': all {len(entries):,} utterances are intact")
 
 
 def main(argv=None):
-    import data  # the command's own needs, not the part to copy
-    from model import build, describe
-
-    args = parse_args(argv)
-    frozen = {"method": "partial", "layers": args.layers, "freeze_prefix": True}
-    model, audio, identity = build(args.model, frozen)
-    utterances = data.load_corpus(args.data, args.splits, (), audio["sample_rate"], args.skip_bad)
-    fingerprint = {"encoder": identity, "layer": model.cut, "dtype": args.dtype, **audio}
-    index = {"fingerprint": fingerprint, "seconds": 0.0, "utterances": {}}
-    if args.verify or any(Path(args.out).glob("index*.json")):
-        index = read_index(args.out, fingerprint)
-    held = index["utterances"].keys()
+    parser = argparse.ArgumentParser(description="Fill or verify a cache of the frozen stages.")
+    add = parser.add_argument
+    add("--out", required=True, help="cache folder; what it holds already is kept")
+    add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
+    add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s)")
+    add("--layers", type=int, default=3, help="to train the last n layers, or fewer (3)")
+    add("--dtype", choices=DTYPES, help="float16, half the size (default), or float32")
+    add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="(%(default)s)")
+    add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
+    add("--verify", action="store_true", help="read all back; with --data, the recordings too")
+    add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
+    args = parser.parse_args(argv)
     if args.verify:
-        if n := verify(args.out, index, utterances):
-            raise ValueError(f"{args.out} has {n} defects; delete the shards named, and fill again")
-        return print(f"{args.out}: all {len(utterances)} utterances are intact")
-    CachedDataset(args.out, [u for u in utterances if u.name in held], index)  # checks
-    frames = sum(model.frames(u.samples) for u in utterances if u.name not in held)
-    needed = frames * model.encoder.config.hidden_size * DTYPES[args.dtype].itemsize
-    print(f"{describe(model, audio)}; layer {model.cut}: {needed / 1e9:.3g} GB to fill")
-    # torchrun's words, or a job array's; dealt by the corpus, as processes may start one by one
-    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    lacking = [u for u in utterances[process::processes] if u.name not in held]
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    model.eval().to(device := cuda if torch.cuda.is_available() else "cpu")
+        return verify(args.out, args.data)
+    if not args.data or args.workers < 1:
+        parser.error("--data is required, and one thread in --workers")
 
-    def encode(utterances):
-        dataset = data.SpeechDataset(utterances, **audio)
-        items = data.read_ahead(dataset.__getitem__, range(len(dataset)), args.workers)
-        for wave, _ in tqdm(items, "cache", len(dataset), leave=False, disable=process > 0 or None):
-            yield model.frozen(wave[None].to(device), [len(wave)])[0][0].cpu()
+    import data
+    import model as models
 
-    with lock(args.out, f".lock-{process}" if process else ".lock"):
-        if needed > (free := shutil.disk_usage(args.out).free):
-            raise OSError(f"{args.out} needs {needed / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        fill(args.out, index, lacking, encode, process)
-    print(f"{args.out}: {len(lacking)} utterances added; filled in {index['seconds']:.0f} s")
+    args.device = models.choose_device("auto")
+    encoder, audio = models.load_encoder(args.model)
+    model = models.EmotionModel(encoder, **audio)
+    model.encoder_sha256 = models.digest(encoder)
+    models.freeze(model, "partial", args.layers, freeze_embedding=True)
+    utterances = data.load_corpus(args.data, args.splits, ())
+    with models.explain_memory("leave out the longest recordings"):
+        complete(args.out, model, utterances, args, args.dtype)
+    entries, _, seconds = read_entries(args.out)
+    print(f"'{args.out}': {len(entries):,} utterances, filled in {seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    leave_on_interrupt("the same line adds what is missing")
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
-        argparse.ArgumentParser().exit(2, f"error: {error}\n")
+    from ccc import shell
+
+    shell(main)

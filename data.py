@@ -1,7 +1,7 @@
-"""MSP-Podcast from disk (section III): labels, audio, a Dataset, and a synthetic corpus in the same
-layout. Everything but `main` stands alone: copy it. As a command:
+"""MSP-Podcast from disk (section III): audio, labels, a Dataset, and a synthetic corpus in the same
+layout. Everything above the command line stands alone: copy it. As a command:
 
-    python data.py MSP-Podcast   # a table of splits, then every problem; exit status 1 if any
+    python data.py MSP-Podcast   # a table of splits, then problems; exit status 1 if there are any
     python data.py --demo demo   # write the synthetic corpus demo/ and a tiny encoder, demo/encoder
 
 A corpus is a folder with Audios/ and Labels/labels_consensus.csv; any release from 1.6 on is read.
@@ -13,8 +13,12 @@ import csv
 import math
 import os
 import re
+import sys
+import tempfile
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +27,14 @@ import scipy.signal
 import soundfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-# the last release's name first; 1.6 to 1.9 have others
-LABEL_FOLDERS = ["Labels", "labels", "Label", "label"]
-LABEL_FILES = [f"{folder}/labels_con{c}ensus.csv" for c in "sc" for folder in LABEL_FOLDERS]
-AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
 PAPER = ["activation", "valence"]  # the attributes that the paper predicts
 SPLITS = ["Train", "Development", "Test1", "Test2", "Test3"]  # Test3's labels are withheld
-LABEL = re.compile(r"[1-6](\.\d*)?|7(\.0*)?")
-OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # 1.6 and 1.8
+SCALE = (1, 7)  # the least and the greatest label of MSP-Podcast
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 
 
 class Utterance(NamedTuple):
@@ -43,7 +42,7 @@ class Utterance(NamedTuple):
     path: str
     split: str
     speaker: str
-    labels: tuple  # A floats, 1 to 7 as 0 to 1 (section III); NaN in Test3
+    labels: tuple  # A floats, the scale as 0 to 1 (section III); NaN in Test3
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
 
@@ -53,132 +52,26 @@ class Problem(NamedTuple):
     split: str  # "" where the split is what is wrong
 
 
-def find(root, names):
-    """Path of the first of some names that is under `root`."""
-    for path in (os.path.join(root, name) for name in names):
-        if os.path.exists(path):
-            return path
-    raise FileNotFoundError(f"{root} is no corpus: it has no {names[0]}")
-
-
-def read_corpus(root, attributes=PAPER):
-    """All rows of a label file -> ([Utterance], [Problem]: a row that cannot be used). OSError or
-    ValueError where the corpus cannot be read at all, or lacks the column of an attribute."""
-    table, audio = find(root, LABEL_FILES), find(root, AUDIO_FOLDERS)
-    columns = ["FileName", "SpkrID", "Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = [c for c in columns if c not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames}")
-            rows = [(reader.line_num, *((row[c] or "").strip() for c in columns)) for row in reader]
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{table} is not a label file in UTF-8 with commas: {error}") from error
-    utterances, problems, seen = [], [], set()
-    for line, name, speaker, split, *cells in rows:
-        split, path = OLD_SPLITS.get(split, split), os.path.join(audio, name)
-        labels = tuple((float(c) - 1) / 6 if LABEL.fullmatch(c) else math.nan for c in cells)
-        where = f"line {line}: {name!r}"  # quoted: a name may hold anything
-        if split not in SPLITS:
-            problems.append(Problem("unknown split", f"{where} {split!r}", ""))
-        elif name in seen:
-            problems.append(Problem("repeated name", where, split))
-        elif any(map(math.isnan, labels)) and split != "Test3":
-            problems.append(Problem("label missing or not in 1 to 7", f"{where} {cells}", split))
-        elif name != os.path.basename(name) or not os.path.isfile(path):  # ../other.wav is not ours
-            problems.append(Problem("missing audio", where, split))
-        else:
-            utterances.append(Utterance(name, path, split, speaker, labels))
-        seen.add(name)
-    return utterances, problems
-
-
-def read_audio(path, sample_rate=16000, header_only=False):
-    """Any file that soundfile reads -> (mono wave (S,) float32, S, its own rate). ValueError with
-    file and reason if an encoder at `sample_rate` cannot use it. With `header_only`, PCM WAV is
-    judged by header and size, in 0.1 ms, and its wave is None; others are decoded."""
-    wave = None
-    try:  # as bytes, because soundfile encodes text strictly and a name may not be UTF-8
-        with soundfile.SoundFile(os.fsencode(path)) as file:
-            samples, rate, notes = file.frames, file.samplerate, file.extra_info
-            if samples * sample_rate < MIN_SAMPLES * rate:
-                raise ValueError(f"{path}: shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms")
-            if samples > MAX_SECONDS * rate:
-                raise ValueError(f"{path}: longer than {MAX_SECONDS} s")
-            if not header_only or file.format[:3] != "WAV" or file.subtype[:3] != "PCM":
-                wave = file.read(samples, dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw
-        raise ValueError(f"{path}: damaged or not audio") from error
-    # A writer into a pipe cannot know the size: ffmpeg claims 2**32 - 1, SoX the whole blocks in
-    # 0x7ffff000, both above 2**31 - 2**16. Such sound is not truncated: it ends with the file.
-    size = re.search(r"^data : (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
-    cut = size and int(size[2]) < int(size[1]) < 2**31 - 2**16
-    if cut or (wave is not None and len(wave) != samples):
-        raise ValueError(f"{path}: truncated")
-    if wave is not None and not np.isfinite(wave).all():
-        raise ValueError(f"{path}: NaN or infinite samples")
-    return wave, samples, rate
-
-
-def check_audio(utterances, sample_rate=16000):
-    """Inspect every file -> ([Utterance with samples], [Problem])."""
-    good, problems = [], []
-    for u in utterances:
-        try:
-            _, samples, rate = read_audio(u.path, sample_rate, header_only=True)
-            good.append(u._replace(samples=math.ceil(samples * sample_rate / rate)))
-        except ValueError as error:
-            problems.append(Problem(str(error).removeprefix(f"{u.path}: "), u.name, u.split))
-    return good, problems
-
-
-def find_audio(paths):
-    """Unlabelled utterances of files, and of audio in folders: of one, named by its path there."""
-    found = []
-    for top in map(Path, paths):
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path == top or (path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()):
-                name = path.relative_to(top) if len(paths) == 1 and path != top else path
-                found.append(Utterance(str(name), str(path), "", "", ()))
-    if not found:
-        raise ValueError(f"{' '.join(paths)}: no audio files")
-    return found
-
-
-def load_corpus(root, splits, attributes=PAPER, sample_rate=16000, skip_bad=False, inspect=True):
-    """The usable utterances of some splits of a corpus, their audio inspected if `inspect`.
-    ValueError, or with `skip_bad` a line, if any are unusable."""
-    utterances, bad = read_corpus(root, attributes)
-    utterances = [u for u in utterances if u.split in splits]
-    bad = [problem for problem in bad if problem.split in (*splits, "")]
-    if inspect:
-        utterances, more = check_audio(utterances, sample_rate)
-        bad += more
-    if bad:
-        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in bad).most_common())
-        text = f"{len(bad)} utterances cannot be used: {counts} (first: {bad[0].where})"
-        if not skip_bad:
-            raise ValueError(f"{text}; `python data.py ROOT` lists all, --skip-bad leaves them out")
-        print(f"skipped: {text}")
-    for split in splits:
-        if (n := sum(u.split == split for u in utterances)) < 2:
-            raise ValueError(f"split {split} has {n} usable utterances; CCC needs 2 (see --splits)")
-    return utterances
-
-
-def load_audio(path, sample_rate=16000):
-    """Any file that soundfile reads -> mono float32 (S,) at `sample_rate`: channels averaged, then
-    polyphase resampling. ValueError naming the file."""
-    wave, _, rate = read_audio(path, sample_rate)
-    return scipy.signal.resample_poly(wave, sample_rate, rate).astype(np.float32, copy=False)
+def load_audio(source, sample_rate=16000, start=0.0, stop=None):
+    """Sound of a path, or of an open binary file with a name -> mono float32 (S,) at `sample_rate`.
+    With `start` or `stop`, in seconds, only that piece of a recording of any length.
+    ValueError "name: reason; remedy" where a file cannot be used, OSError where not opened."""
+    whole = start == 0 and stop is None
+    with open_sound(source, sample_rate, limited=whole) as (sound, file):
+        rate = sound.samplerate
+        blocks = read_blocks(sound, file, start, stop)  # each (S, channels)
+        wave = np.concatenate([block.mean(axis=1) for block in blocks])
+    wave = scipy.signal.resample_poly(wave, sample_rate, rate)
+    return wave.astype(np.float32, copy=False)
 
 
 class SpeechDataset:
-    """Item i: waveform (S,), target (A,) 0 to 1, float32."""
+    """Item i: waveform (S,) as the file has it, target (A,) on 0 to 1, both float32. The model
+    normalises its own input."""
 
-    def __init__(self, utterances, sample_rate=16000, normalise=True):
-        self.utterances, self.sample_rate, self.normalise = utterances, sample_rate, normalise
+    def __init__(self, utterances, sample_rate=16000):
+        self.utterances = utterances
+        self.sample_rate = sample_rate
         self.lengths = [u.samples for u in utterances]
         self.targets = torch.tensor([u.labels for u in utterances], dtype=torch.float32)  # (N, A)
 
@@ -187,8 +80,6 @@ class SpeechDataset:
 
     def __getitem__(self, i):
         wave = load_audio(self.utterances[i].path, self.sample_rate)
-        if self.normalise:  # over the true length, before padding, as Hugging Face's code does
-            wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
         return torch.from_numpy(wave), self.targets[i]
 
 
@@ -201,7 +92,7 @@ def collate(items):
 
 def read_ahead(load, items, workers):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
-    items ahead. Our choice, threads: nothing is pickled, no shared memory fills up, an error
+    items ahead. Our choice is threads: nothing is pickled, no shared memory fills up, and an error
     arrives as it is; decoding, checksums and NumPy release the GIL."""
     futures = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -212,6 +103,312 @@ def read_ahead(load, items, workers):
         while futures:
             yield futures.popleft().result()
 
+
+# ---- a corpus: labels, then which of its utterances can be used ----
+
+# The newest release's names stand first; releases 1.6 to 1.9 have the others.
+LABEL_FOLDERS = ["Labels", "labels", "Label", "label"]
+LABEL_FILES = [f"{folder}/labels_con{c}ensus.csv" for c in "sc" for folder in LABEL_FOLDERS]
+AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
+OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
+# Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
+NUMBER = re.compile(r"-?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE]-[0-9]+)?")
+
+
+def find(root, names):
+    """Path of the first of some names that is under `root`, or else of the first name."""
+    paths = [os.path.join(root, name) for name in names]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
+def to_unit(cell, low, high):
+    """A label from low to high -> 0 to 1; NaN if it is none."""
+    value = (float(cell) - low) / (high - low) if NUMBER.fullmatch(cell) else math.nan
+    # A mean of ratings may be rounded past the bound, to 7.000000000000001.
+    return min(max(value, 0.0), 1.0) if -1e-9 < value < 1 + 1e-9 else math.nan
+
+
+def read_table(path, columns):
+    """Rows of a label file, {column: cell} each. ValueError where it lacks one of `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or []
+            rows = list(reader)
+    except (csv.Error, UnicodeError) as error:
+        raise ValueError(f"{path}: {error}; save it as CSV in UTF-8") from error
+    missing = [column for column in columns if column not in header]
+    # A file whose cells are separated by semicolons or tabs has one long column.
+    hint = {0: "it is empty", 1: "separate its cells by commas"}.get(len(header), "add it")
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)} in {header[:20]}; {hint}")
+    return rows
+
+
+def read_corpus(root, attributes=PAPER, scale=SCALE):
+    """All rows of a label file -> ([Utterance], [Problem]: a row that cannot be used). The audio is
+    not looked at. OSError or ValueError where the file cannot be read or lacks a column."""
+    low, high = scale
+    if not -1e9 < low < high < 1e9:
+        raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
+    folder = find(root, AUDIO_FOLDERS)
+    columns = ["FileName", "SpkrID", "Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
+    utterances = []
+    problems = []
+    names = set()
+    for line, row in enumerate(read_table(find(root, LABEL_FILES), columns), start=2):
+        name, speaker, split, *cells = ((row[column] or "").strip() for column in columns)
+        split = OLD_SPLITS.get(split, split)
+        labels = tuple(to_unit(cell, low, high) for cell in cells)
+        unlabelled = math.isnan(sum(labels)) and split != "Test3"
+        faults = {
+            "too few or too many cells": None in row or None in row.values(),
+            "unknown split": split not in SPLITS,
+            "repeated name": name in names,
+            "not the plain name of a file": name != os.path.basename(name),  # ../other.wav
+            f"label missing or not from {low:g} to {high:g} (--scale)": unlabelled,
+        }
+        names.add(name)
+        if any(faults.values()):
+            kind = next(filter(faults.get, faults))
+            where = f"line {line}: {name!r} {split!r} {cells}"  # quoted: a cell may hold anything
+            problems.append(Problem(kind, where, split if split in SPLITS else ""))
+        else:
+            path = os.path.join(folder, name)
+            utterances.append(Utterance(name, path, split, speaker, labels))
+    return utterances, problems
+
+
+def check_audio(utterances, sample_rate=16000):
+    """Inspect every file -> ([Utterance with samples], [Problem]). OSError where the machine is at
+    fault: no audio folder, no permission, too many open files."""
+    good = []
+    problems = []
+    there = {}
+    quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough for all of torchrun's processes
+    for u in tqdm(utterances, "checking audio", leave=False, disable=quiet or None):
+        try:
+            good.append(u._replace(samples=measure(u.path, sample_rate)))
+        except ValueError as error:
+            kind = str(error).removeprefix(f"{u.path!r}: ")
+            problems.append(Problem(kind, repr(u.name), u.split))
+        except (FileNotFoundError, IsADirectoryError):
+            there = there or list_alike(os.path.dirname(u.path))
+            # In ASCII, because two Unicode forms of a name look the same.
+            where = f"{u.name!r}: no such file; alike: {there.get(alike(u.name))!a}"
+            problems.append(Problem("missing audio", where, u.split))
+    return good, problems
+
+
+def alike(name):
+    """The same text for names that differ only in case or Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def list_alike(folder):
+    """{alike(name): path} of all files beside and below an audio folder, for those who look for
+    one that is missing: it may be in a sub-folder, or in Audio where there is Audios, too."""
+    if not os.listdir(folder):  # this itself is an OSError where there is no folder
+        raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
+    walk = os.walk(os.path.dirname(folder))
+    return {alike(name): os.path.join(top, name) for top, _, names in walk for name in names}
+
+
+def some(items, most=3):
+    """The first few of many texts, and as the last one how many more there are."""
+    return items[:most] + [f"and {len(items) - most} more"] * (len(items) > most)
+
+
+def refuse(problems, skip_bad):
+    """If there are problems: ValueError of one line, or with `skip_bad` a printed line."""
+    if not problems:
+        return
+    kinds = Counter(problem.kind for problem in problems).most_common()
+    counts = ", ".join(some([f"{count} {kind}" for kind, count in kinds], 9))
+    first = ", ".join(some([problem.where for problem in problems]))
+    text = f"{len(problems)} unusable: {counts} ({first})"
+    if not skip_bad:
+        raise ValueError(f"{text}; `python data.py ROOT` lists them, --skip-bad leaves them out")
+    print(f"skipped: {text}", flush=True)
+
+
+def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
+    """The utterances of some splits of a corpus whose labels can be used. `usable` goes on."""
+    utterances, problems = read_corpus(root, attributes, scale)
+    refuse([problem for problem in problems if problem.split in (*splits, "")], skip_bad)
+    return [u for u in utterances if u.split in splits]
+
+
+def usable(utterances, sample_rate=16000, skip_bad=False):
+    """The utterances whose audio can be used, with their numbers of samples."""
+    good, problems = check_audio(utterances, sample_rate)
+    refuse(problems, skip_bad)
+    return good
+
+
+def require(utterances, splits):
+    """ValueError where a split is too small for a CCC."""
+    sizes = Counter(u.split for u in utterances)
+    for split in splits:
+        if sizes[split] < 2:
+            raise ValueError(f"{sizes[split]} usable utterances in {split}; see --splits")
+
+
+# What is audio in a folder: no part of its path is hidden. The last row is audio that only ffmpeg
+# reads; it is found, and then refused by name.
+AUDIO_FILE = re.compile(
+    r"(?!.*/\.).*\.(wave?|flac|ogg|oga|opus|mp3|aif[fc]?|au|snd|caf|w64|rf64"
+    r"|m4[ab]|mp[24]|aac|webm|mka|amr|3gp|wma|ac3|ape|wv|spx|sph|voc|tta|mpc)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def walk(top):
+    """Paths of a folder's files. Links are followed, but to no folder twice."""
+    ways = {}
+    for folder, folders, names in os.walk(top, followlinks=True):
+        if ways.setdefault(os.path.realpath(folder), folder) != folder:
+            folders.clear()
+            continue
+        folders.sort()
+        yield from (os.path.join(folder, name) for name in sorted(names))
+
+
+def find_audio(paths):
+    """Unlabelled utterances of files, and of the audio in folders: of one folder, named by their
+    paths in it. What else is there is counted on stderr."""
+    found = []
+    others = Counter()
+    for top in map(str, paths):
+        os.stat(top)  # an OSError where there is nothing
+        for path in walk(top) if os.path.isdir(top) else [top]:
+            inside = path.removeprefix(top)
+            if inside and not AUDIO_FILE.fullmatch(f"/{inside}"):
+                others[os.path.splitext(path)[1]] += 1
+                continue
+            name = os.path.relpath(path, top) if inside and len(paths) == 1 else path
+            found.append(Utterance(name, path, "", "", ()))
+    if others:
+        kinds = some([f"{count} {kind or 'without suffix'}" for kind, count in others.items()], 9)
+        print(f"left out, hidden or no audio: {', '.join(kinds)}", file=sys.stderr, flush=True)
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
+    return found
+
+
+# ---- what can be wrong with a sound file; a reader may skip this ----
+
+# Containers in which libsndfile, or decoding, notices that the end of a file is missing.
+CONTAINERS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"]
+# What libsndfile notes of a header that claims other sizes than its file has. A writer into a pipe
+# cannot know them: ffmpeg claims 2**32 - 1, SoX about 2**31. Such sound ends with its file.
+CLAIM = re.compile(
+    r"^ *(?:data|SSND|riff|Riff size|Data Size) *: "
+    r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)",
+    re.MULTILINE,
+)
+OGG_CUT = re.compile("Last page lacks|Junk after the last page")
+UNFINISHED = re.compile("Unknown chunk marker.*Exiting parser")
+REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
+TRUNCATED = "truncated; fetch it again"
+UNREADABLE = f"damaged or not audio; fetch it again, or if ffmpeg can read it, {REWRITE}"
+UNCOUNTED = "no sound, or more than its header counts; `ffmpeg -ignore_length 1 -i OLD NEW.wav`"
+TOO_LONG = f"longer than {MAX_SECONDS} s; cut it, or see `model.py predict --window`"
+
+
+@contextmanager
+def open_sound(source, sample_rate, limited):
+    """A path or an open binary file -> (SoundFile whose header is fit for use, the open file).
+    Every ValueError while it is open gets the file's name."""
+    ours = isinstance(source, (str, os.PathLike))
+    # Python opens the file: its OSErrors say what happened, and a name need not be UTF-8. The
+    # library then reads from the number of the open file.
+    with open(source, "rb", buffering=0) if ours else nullcontext(source) as file:
+        try:
+            with soundfile.SoundFile(file.fileno() if ours else file, closefd=False) as sound:
+                judge_header(sound, sample_rate, limited)
+                yield sound, file
+        except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: x.raw
+            reason = error if isinstance(error, ValueError) else UNREADABLE
+            raise ValueError(f"{str(file.name)!r}: {reason}") from error
+
+
+def judge_header(sound, sample_rate, limited):
+    """ValueError "reason; remedy" where a header, or what libsndfile noted about it, tells that
+    the sound cannot be used."""
+    rate = sound.samplerate
+    notes = sound.extra_info
+    claim = CLAIM.search(notes)
+    lacking = int(claim[1]) / max(int(claim[2]), 1) - 1 if claim else 0  # a share of what is there
+    least = 1000 * MIN_SAMPLES / sample_rate  # ms
+    for wrong, reason in (
+        (sound.format not in CONTAINERS, f"a container whose end cannot be checked; {REWRITE}"),
+        (not 1000 <= rate <= 384000, "impossible sample rate; correct its header"),
+        (sound.frames == 2**63 - 1, f"its header does not tell its length; {REWRITE}"),
+        # Some writers count their header as sound: a hundredth of a second may lack.
+        (lacking * sound.frames > 0.01 * rate or OGG_CUT.search(notes), TRUNCATED),
+        (UNFINISHED.search(notes) or not sound.frames, UNCOUNTED),
+        (sound.frames < least * rate / 1000, f"shorter than {least:g} ms; leave it out"),
+        (limited and sound.frames > MAX_SECONDS * rate, TOO_LONG),
+    ):
+        if wrong:
+            raise ValueError(reason)
+
+
+def read_blocks(sound, file, start=0.0, stop=None):
+    """Yield the sound from `start` to `stop`, in seconds, as float32 (S, channels), a minute at a
+    time. ValueError where a sample is not finite, or where all is read and ends elsewhere than
+    the header says."""
+    rate = sound.samplerate
+    first = round(start * rate)
+    last = sound.frames if stop is None else min(round(stop * rate), sound.frames)
+    if first:
+        sound.seek(first)
+    samples = 0
+    for place in range(first, last, MAX_SECONDS * rate):
+        block = sound.read(min(last - place, MAX_SECONDS * rate), "float32", always_2d=True)
+        if not np.isfinite(block).all():
+            raise ValueError("NaN or infinite samples; leave it out")
+        samples += len(block)
+        yield block
+    if last - first == sound.frames:
+        judge_end(sound, file, samples)
+
+
+def judge_end(sound, file, samples):
+    """ValueError where a wholly decoded file has fewer samples than it claims, or goes on. An MP3
+    may lack its length, which libsndfile then estimates from the first frame's bit rate."""
+    tolerance = 0.1 * sound.samplerate + 0.01 * samples
+    decoded = file.tell()  # bytes
+    rest = file.read()
+    tag = sound.format != "MP3" or rest.startswith((b"TAG", b"APETAGEX"))
+    if sound.frames - samples > tolerance:
+        raise ValueError(TRUNCATED)
+    if len(rest) * samples > tolerance * decoded and not tag:
+        raise ValueError(f"its length is only estimated, and too short; {REWRITE}")
+
+
+def measure(path, sample_rate=16000, limited=True):
+    """A file's number of samples at `sample_rate`. PCM in WAV is judged by its header and size, in
+    0.1 ms; anything else is decoded."""
+    with open_sound(path, sample_rate, limited) as (sound, file):
+        samples = sound.frames
+        if "WAV" not in sound.format or "PCM" not in sound.subtype:
+            samples = sum(map(len, read_blocks(sound, file)))
+        return math.ceil(samples * sample_rate / sound.samplerate)
+
+
+def duration(path):
+    """Seconds of a recording of any length."""
+    return measure(path, limited=False) / 16000
+
+
+def is_constant(wave):
+    """Whether a sound says nothing: digital silence, or two channels that cancel each other."""
+    return np.ptp(wave) < 1e-4  # three steps of 16 bits
+
+
+# ---- a synthetic corpus ----
 
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
 SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utterances of each
@@ -244,7 +441,8 @@ def synthesize(activation, valence, voice, rng, sample_rate=16000):
 def write_demo(root, seed=0, speakers=SPEAKERS):
     """A corpus in the MSP-Podcast layout, labelled with what its sound was made from, plus noise
     (dominance: a mixture of both). No speaker is in two splits."""
-    rng, dominance_rng = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    rng = np.random.default_rng(seed)
+    dominance_rng = np.random.default_rng((seed, 1))
     Path(root, "Audios").mkdir(parents=True, exist_ok=True)
     Path(root, "Labels").mkdir(exist_ok=True)
     rows = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
@@ -265,44 +463,98 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
 def write_encoder(folder, seed=0, layers=4, width=64, channels=32):
     """A tiny random wav2vec 2.0 in the Hugging Face layout, with the base's preprocessor config."""
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "conv_dim": (channels,) * 7}
-    shape |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-    shape |= {"num_hidden_layers": layers, "num_attention_heads": 1}  # as wide as the base's: 64
-    Wav2Vec2Model(Wav2Vec2Config(**shape)).save_pretrained(folder)
+    config = Wav2Vec2Config(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        conv_dim=(channels,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        num_hidden_layers=layers,
+        num_attention_heads=1,  # as wide as the base's: 64
+    )
+    Wav2Vec2Model(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, sampling_rate=16000).save_pretrained(folder)
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
+    something already."""
+    path = Path(path).absolute()
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        made = Path(folder, "made")
+        made.mkdir()
+        yield made
+        made.rename(path)
+
+
+def make_demo(root):
+    """The synthetic corpus, and root/encoder, in a new folder."""
+    with new_folder(root) as folder:
+        write_demo(folder)
+        write_encoder(folder / "encoder")
+
+
+# ---- command line ----
+
+
+def print_splits(utterances, low, high):
+    """A line a split: utterances, speakers, hours, each attribute's least and greatest label."""
+    greatest = low
+    for split in SPLITS:
+        part = [u for u in utterances if u.split == split]
+        if not part:
+            continue
+        hours = sum(u.samples for u in part) / 16000 / 3600
+        speakers = len({u.speaker for u in part} - {"Unknown"})
+        line = f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h"
+        for attribute, units in zip(
+            PAPER, zip(*(u.labels for u in part), strict=True), strict=True
+        ):
+            least, most = (low + (high - low) * unit for unit in (min(units), max(units)))
+            line += f"  {attribute} {least:g} to {most:g}"
+            greatest = np.fmax(greatest, most)  # NaN where labels are withheld
+        print(line)
+    if low < greatest <= high - 2:
+        print(
+            f"note: no label above {greatest:g}; is that the scale? --scale {low:g} {math.ceil(greatest)}"
+        )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus, or write the synthetic one.")
-    parser.add_argument("root", help="folder with Audios/ and Labels/")
+    parser.add_argument("root", help="folder with Audios/ and Labels/; with --demo, a new one")
     parser.add_argument("--demo", action="store_true", help="write a synthetic corpus and encoder")
+    parser.add_argument("--scale", nargs=2, type=float, default=SCALE, help="least, greatest label")
     args = parser.parse_args(argv)
     if args.demo:
-        write_demo(args.root)
-        write_encoder(Path(args.root, "encoder"))
-        return print(f"wrote {args.root} and {args.root}/encoder")
-    utterances, problems = read_corpus(args.root)
+        make_demo(args.root)
+        print(f"wrote {args.root} and {args.root}/encoder")
+        return
+    utterances, problems = read_corpus(args.root, scale=args.scale)
     good, more = check_audio(utterances)
+    print_splits(good, *args.scale)
+    bar = tqdm(good, "listening", leave=False, disable=None)
+    constant = [repr(u.name) for u in bar if is_constant(load_audio(u.path))]
+    if constant:
+        print(f"note: silence, or channels that cancel each other: {', '.join(some(constant))}")
     problems += more
-    for split in SPLITS:
-        part = [u for u in good if u.split == split]
-        if part:
-            hours = sum(u.samples for u in part) / 16000 / 3600
-            speakers = len({u.speaker for u in part} - {"Unknown"})
-            print(f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h")
-        elif split in SPLITS[:3]:
-            problems.append(Problem("empty split", "no usable utterance", split))
-    for problem in sorted(problems):
-        print(f"{problem.kind}: {problem.split} {problem.where}")
+    for kind in sorted({problem.kind for problem in problems}):
+        places = [f"{p.split} {p.where}" for p in problems if p.kind == kind]
+        print(f"{kind}: {len(places)}", *some(places, 20), sep="\n  ")
     print(f"{len(problems) or 'no'} problems")
     if problems:
-        raise SystemExit(1)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
-        argparse.ArgumentParser().exit(2, f"error: {error}\n")
+    from ccc import shell
+
+    shell(main)

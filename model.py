@@ -1,172 +1,283 @@
-"""A speech encoder with a head that predicts emotion, as `trained(frozen(x))`: freezing, LoRA, two
-kinds of padding, loading and saving (section IV). Everything above `predict` stands alone: copy it.
+"""A speech encoder with a head that predicts emotion: freezing, LoRA, two kinds of padding, loading
+and saving (section IV).
 
-    python model.py predict RUN clip.wav folder/ --csv predictions.csv    # imports data.py
+The one idea: waveform -> CNN -> stages 0 to L -> mean -> head. Stage 0 is the embedding (projection,
+positional convolution, LayerNorm), and stages 1 to L are the L transformer layers in the paper's
+count. The cut says where the model falls apart: `prefix` is the CNN and the stages before the cut,
+without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
+
+    full, and partial as the paper's    cut 0: the embedding is trained, so a gradient must reach it
+    last 3, embedding frozen or cached  cut 10: nothing before stage 10 is trained
+    LoRA of all layers                  cut 1: adapters begin in stage 1
+
+What stands above the command line needs no other file of this project: copy it.
+
+    python model.py predict RUN clip.wav folder/ --csv predictions.csv    # score files
+    python model.py predict RUN interview.wav --window 10 --hop 5         # and long ones, in pieces
     python model.py export RUN OUT    # a folder that Hugging Face loads
     python model.py params            # trainable parameters of every row of Table I
+
+In comments: B batch, S samples, T frames, C channels of the CNN, D width, A attributes.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import MethodType
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers.utils.peft_utils import find_adapter_config_file
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-DROPOUTS = ["attention_dropout", "hidden_dropout", "activation_dropout", "feat_proj_dropout"]
-# what a config.json says, beside the shapes of the weights, that changes a number
-SETTINGS = ["model_type", "num_attention_heads", "layer_norm_eps", "hidden_act"]
-SETTINGS += ["feat_extract_activation", "feat_extract_norm", "do_stable_layer_norm"]
-SETTINGS += ["max_bucket_distance", "conv_stride", *DROPOUTS]
 
 
 class EmotionModel(nn.Module):
-    """An encoder of transformers (one of FAMILIES), mean pooling, dropout and a linear head with a
-    column an attribute (section IV-A).
+    """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer whose
+    every output is one of the paper's heads (section IV-A).
 
-    "paper" padding: inputs are zero-padded to the longest of the batch, nothing is masked, and the
-        mean is over padded frames too (IV-B), so a prediction depends on its batch.
-    "exact": the CNN sees each waveform alone where it normalises over time; padded frames are zero
-        before the positional convolution, masked in attention, not in the mean: batched = alone.
+    `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut needs
+    no gradient. Frozen stages may lie behind it, too: in partial finetuning as the paper's, the
+    embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
-    `frozen` is all before `cut`, `trained` the rest; a cache is a stored `frozen`. `cut` is the
-    transformer layer of the first trainable parameter, or None where that lies before layer 0
-    (`freeze` sets it); with a cache of more layers it is an earlier one. SpecAugment, layer drop
-    and checkpointing are off, whatever config.json says (our choice: no cache could have them).
+    "paper" padding: the inputs of a batch are zero-padded to the longest, waveforms or, from a
+        cache, hidden states at the cut, which is not the same (IV-B, IV-C). Nothing is masked, and
+        the mean is over padded frames, too. So a prediction depends on its batch.
+    "exact" padding: the CNN sees each waveform alone where it normalises over time, and padded
+        frames are zero before the positional convolution, masked in attention and left out of the
+        mean. So a prediction is what it would be alone (our choice, beside the paper's).
+
+    Waveforms are normalised in `prefix`, if the checkpoint's preprocessor says so. SpecAugment, layer
+    drop and checkpointing are off, whatever config.json says: no cache could have them (our choice).
     """
 
-    def __init__(self, encoder, attributes=("activation", "valence"), dropout=0.2, padding="paper"):
+    # Raise it whenever what `prefix` computes changes: older caches are then refused.
+    PREFIX_VERSION = 1
+
+    def __init__(
+        self,
+        encoder,
+        attributes=("activation", "valence"),
+        dropout=0.2,
+        padding="paper",
+        sample_rate=16000,
+        normalise=True,
+    ):
         super().__init__()
         if padding not in ("paper", "exact"):
             raise ValueError(f'padding is "paper" or "exact", not {padding!r}')
-        self.encoder, self.attributes, self.padding = encoder, tuple(attributes), padding
-        self.dropout, self.cut = nn.Dropout(dropout), None
+        self.encoder = encoder
+        self.attributes = tuple(attributes)
+        self.padding = padding
+        self.sample_rate = sample_rate  # Of the waveforms it takes, in Hz.
+        self.normalise = normalise
+        self.cut = 0  # as for full finetuning
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
-        # the encoder's LayerNorm is before layer 0, in most large models after the last layer
-        self.norm_last = encoder.config.do_stable_layer_norm
-        norm = [] if self.norm_last else [encoder.encoder.layer_norm]
-        self.before_layers = [encoder.feature_projection, encoder.encoder.pos_conv_embed, *norm]
         self.is_wavlm = encoder.config.model_type == "wavlm"
+        # Most large encoders have their LayerNorm after the last layer, base ones in stage 0.
+        self.norm_last = encoder.config.do_stable_layer_norm
+        encoder.feature_extractor.requires_grad_(False)  # The CNN is frozen in every row (IV-A).
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
-            attend = MethodType(wavlm_attention, layer.attention)
-            layer.attention.torch_multi_head_self_attention = attend  # read by WavLM only
-        if not self.is_wavlm:
-            encoder.set_attn_implementation("sdpa")  # which takes the mask as booleans
+        if self.is_wavlm:
+            replace_attention(encoder)
+        else:
+            encoder.set_attn_implementation("sdpa")  # It takes our mask of booleans as it is.
+
+    def forward(self, wave, samples):
+        return self.suffix(*self.prefix(wave, samples))
+
+    @torch.no_grad()
+    def prefix(self, wave, samples):
+        """All before the cut.
+
+        Takes wave (B, S) float, and the true length of each row, B ints of samples.
+        Returns hidden, what stage `cut` takes: (B, T, D), or at cut 0 the CNN's features (B, T, C);
+        and frames, their true lengths, B ints. Lengths are plain ints, because a GPU would have to
+        be waited for. TypeError or ValueError for other shapes.
+        """
+        check_batch(wave, samples)
+        frames = [self.frames(n) for n in samples]
+        if min(frames) < 1:
+            raise ValueError(f"{min(samples)} samples are shorter than one frame")
+        hidden = self.features(self.normalised(wave, samples), samples)
+        return self.run_stages(hidden, self.mask(hidden, frames), range(self.cut)), frames
+
+    def suffix(self, hidden, frames):
+        """All from the cut on: takes what `prefix` returns, returns (B, A) float32, a column an
+        attribute. It is trained towards labels on 0 to 1, and not clipped."""
+        check_batch(hidden, frames)
+        mask = self.mask(hidden, frames)
+        stages = range(self.cut, len(self.encoder.encoder.layers) + 1)
+        hidden = self.run_stages(hidden, mask, stages)
+        if self.norm_last:
+            hidden = self.encoder.encoder.layer_norm(hidden)
+        # Half precision would round a prediction to 8 or 11 bits: what follows is in float32.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(self.dropout(self.pool(hidden.float(), mask)))
+
+    def pool(self, hidden, mask):
+        """Mean over frames, the true ones where there is a mask: (B, T, D) -> (B, D). A subclass
+        may pool in another way."""
+        if mask is None:
+            return hidden.mean(1)
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def embedding(self):
+        """The modules of stage 0 that have weights."""
+        parts = [self.encoder.feature_projection, self.encoder.encoder.pos_conv_embed]
+        return parts if self.norm_last else [*parts, self.encoder.encoder.layer_norm]
 
     def train(self, mode=True):
-        """Train mode for parts that hold a trainable parameter. Frozen parts stay in eval mode, so
-        that what lies before `cut` gives an utterance the same at every epoch (IV-C)."""
+        """Parts without a trainable parameter stay in eval mode: "the output of frozen layers does
+        not change" (IV-C), so no dropout may work in them."""
         super().train(mode)
-        encoder = self.encoder.encoder
-        for part in (self.encoder.feature_extractor, *self.before_layers, *encoder.layers):
+        transformer = self.encoder.encoder
+        for part in [self.encoder.feature_extractor, *self.embedding(), *transformer.layers]:
             part.train(mode and any(p.requires_grad for p in part.parameters()))
-        encoder.dropout.train(encoder.pos_conv_embed.training)
+        # The dropout at the end of stage 0 goes with it.
+        transformer.dropout.train(transformer.pos_conv_embed.training)
         return self
 
     def frames(self, samples):
-        """Frames that the CNN makes of a number of samples, both int: one of 400 every 320."""
+        """How many frames the CNN makes of a number of samples: in all, one of 400 samples (25 ms)
+        every 320 (20 ms)."""
         config = self.encoder.config
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
+    def normalised(self, wave, samples):
+        """Wave (B, S) -> a new float32 (B, S): each row's true samples with mean 0 and variance 1, if
+        the checkpoint wants that, and zeros after them. The moments are those of the true samples,
+        before padding, by Hugging Face's formula."""
+        result = torch.zeros_like(wave, dtype=torch.float32)
+        for i, n in enumerate(samples):
+            true = wave[i, :n].float()
+            if self.normalise:
+                true = F.layer_norm(true, true.shape, eps=1e-7)
+            result[i, :n] = true
+        return result
+
     def features(self, wave, samples):
-        """The CNN, frozen in every row: (B, S) -> (B, T, C)."""
+        """The CNN: (B, S) -> (B, T, C)."""
         cnn = self.encoder.feature_extractor
         if self.padding == "paper" or self.encoder.config.feat_extract_norm == "layer":
             return cnn(wave).transpose(1, 2)
-        # its GroupNorm runs over time, so zeros after a waveform would change every frame of it
-        alone = [cnn(wave[i : i + 1, :n])[0].T for i, n in enumerate(samples)]  # (T, C) each
+        # Base encoders have a GroupNorm over time here: zeros after a waveform would change every
+        # frame of it, so each waveform goes through the CNN alone.
+        alone = []
+        for row, n in zip(wave, samples, strict=True):
+            alone.append(cnn(row[None, :n])[0].T)  # (T, C)
         return pad_sequence(alone, batch_first=True)
 
     def mask(self, hidden, frames):
-        """(B, T) bool, False in padding; None in "paper" padding, or where there is no padding."""
+        """(B, T) bool, False in padding; None where nothing is masked."""
         if self.padding == "paper" or min(frames) == hidden.shape[1]:
             return None
         frames = torch.tensor(frames).to(hidden.device, non_blocking=True)
         return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
 
     def embed(self, features, mask):
-        """Projection, positional convolution, LayerNorm (unless last): (B, T, C) -> (B, T, D)."""
-        encoder = self.encoder.encoder
-        hidden = self.encoder.feature_projection(features)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
-        if mask is not None:
-            # the projection's bias is in padded frames too, and the convolution would carry it into
-            # true ones; alone, an utterance has zeros there: the convolution's own padding
-            hidden = hidden * mask[..., None]
-        hidden = hidden + encoder.pos_conv_embed(hidden)
-        return encoder.dropout(hidden if self.norm_last else encoder.layer_norm(hidden))
+        """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-    def run_layers(self, hidden, mask, first, last):
-        """Transformer layers first to last - 1: (B, T, D) -> (B, T, D)."""
-        layers, more = self.encoder.encoder.layers, {}
-        if self.is_wavlm:  # layer 0 has the table of position biases for all; each layer gates them
-            bias = layers[0].attention.compute_bias(hidden.shape[1], hidden.shape[1])
-            more["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
+        Its input and its sums stay float32 under autocast. A LayerNorm over bfloat16 on a CPU would
+        add up its weight's gradient over all frames in bfloat16, which is up to 46 % off.
+        """
+        transformer = self.encoder.encoder
+        hidden = first_of(self.encoder.feature_projection(features)).float()
         if mask is not None:
-            mask = mask[:, None, None]  # (B, 1, 1, T): for all heads and queries
-        for layer in layers[first:last]:
-            hidden = layer(hidden, attention_mask=mask, **more)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # by family
+            # The projection's bias is in padded frames, too, and the convolution would carry it
+            # into true ones. Alone, an utterance has zeros there: the convolution's own padding.
+            hidden = hidden * mask[..., None]
+        hidden = hidden + transformer.pos_conv_embed(hidden)
+        if not self.norm_last:
+            hidden = transformer.layer_norm(hidden)
+        return transformer.dropout(hidden)
+
+    def run_stages(self, hidden, mask, stages):
+        """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
+        hidden = hidden.float()
+        options = self.attention_options(hidden, mask)
+        for stage in stages:
+            if stage == 0:
+                hidden = self.embed(hidden, mask)
+            else:
+                layer = self.encoder.encoder.layers[stage - 1]
+                hidden = first_of(layer(hidden, **options))
         return hidden
 
-    @torch.no_grad()
-    def frozen(self, wave, samples):
-        """Wave (B, S) float, samples B ints -> hidden states before layer `cut` (B, T, D) or, if
-        `cut` is None, the CNN's features (B, T, C); frames, B ints. All of it is frozen. Lengths
-        stay plain ints, so nothing waits for a GPU to tell them."""
-        frames = [self.frames(n) for n in samples]
-        features = self.features(wave, samples)
-        if self.cut is None:
-            return features, frames
-        mask = self.mask(features, frames)
-        return self.run_layers(self.embed(features, mask), mask, 0, self.cut), frames
-
-    def trained(self, hidden, frames):
-        """What `frozen` returns -> (B, A), a column an attribute, on the scale 0 to 1."""
-        mask = self.mask(hidden, frames)
-        if self.cut is None:
-            hidden = self.embed(hidden, mask)
-        hidden = self.run_layers(hidden, mask, self.cut or 0, None)
-        if self.norm_last:
-            hidden = self.encoder.encoder.layer_norm(hidden)
-        if mask is None:
-            return self.head(self.dropout(hidden.mean(1)))
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
-        return self.head(self.dropout(pooled))
-
-    def forward(self, wave, samples):
-        return self.trained(*self.frozen(wave, samples))
+    def attention_options(self, hidden, mask):
+        """What a transformer layer takes beside the hidden states."""
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, 1, 1, T), for every head and query.
+        options = {"attention_mask": mask}
+        if self.is_wavlm:
+            # Its layer 1 has the position biases (heads, T, T) of all layers, and each gates them.
+            attention = self.encoder.encoder.layers[0].attention
+            bias = attention.compute_bias(hidden.shape[1], hidden.shape[1])
+            options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
+        return options
 
 
-def wavlm_attention(attention, hidden, mask, position_bias):
-    """WavLM's attention of hidden (B, T, D) with its gated bias (B heads, T, T). Transformers' own
-    reads the weights of q_proj and v_proj past their forward, and so past LoRA's."""
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    split = [p(hidden).unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for p in projections]
+def check_batch(inputs, lengths):
+    """TypeError or ValueError unless inputs are a tensor, and lengths B ints within its second axis:
+    a NumPy array or an attention mask would be misread in silence."""
+    if not torch.is_tensor(inputs) or not all(type(n) is int for n in lengths):
+        raise TypeError("a tensor (B, ...) and its true lengths, B ints, are needed")
+    if len(lengths) != len(inputs) or not all(0 < n <= inputs.shape[1] for n in lengths):
+        raise ValueError(f"inputs {tuple(inputs.shape)} do not have the true lengths {lengths}")
+
+
+def first_of(output):
+    """The hidden states of a module's output: some families return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replace_attention(encoder):
+    """WavLM's own attention reads the weights of q_proj and v_proj itself, and never calls them. So
+    it would pass by a LoRALinear in their place."""
+    for layer in encoder.encoder.layers:
+        attend = MethodType(wavlm_attention, layer.attention)
+        layer.attention.torch_multi_head_self_attention = attend
+
+
+def wavlm_attention(attention, hidden, mask, position_bias, *_):
+    """WavLM's attention of hidden (B, T, D) with its gated bias (B heads, T, T)."""
+    split = []
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
+        split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
-    if mask is not None:  # after the gate, whose gradient would else be 0 * -inf
+    if mask is not None:
+        # Not in position_bias, which each layer multiplies by a gate: its gradient would be NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(*split, bias, dropout)  # (B, heads, T, D / heads)
+    mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A dropout(x), base frozen (Hu et al. 2021; section IV-B). A,
-    lora_a (rank, in), starts random, B, lora_b (out, rank), at 0: the output starts as base's."""
+    """base(x) + alpha / rank * lora_b @ lora_a @ dropout(x), with base frozen (Hu et al. 2021;
+    section IV-B).
+
+    A weight's update is a product of two thin matrices: lora_a (rank, in) starts random, and lora_b
+    (out, rank) at zero. So the output starts as base's to the bit, and lora_b receives a gradient at
+    once. Were both zero, neither would ever get one.
+    """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
@@ -189,42 +300,103 @@ class LoRALinear(nn.Module):
         return merged
 
 
-def freeze(model, method, layers=None, freeze_prefix=False, rank=8, alpha=16, lora_dropout=0.1):
-    """Choose what is trained, by requires_grad, and set `model.cut`. The head always is, the CNN
-    never (section IV-A). ValueError for another method, or where `layers` does not fit.
+def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16, lora_dropout=0.1):
+    """Choose what is trained, by requires_grad, and set `model.cut`. The head always is trained,
+    the CNN never (section IV-A). ValueError where method and layers do not fit.
 
-    "full": all transformer layers and what lies between the CNN and layer 0.
-    "partial": the last `layers` transformer layers and, as the paper's parameter counts say, what
-        lies between the CNN and layer 0, unless `freeze_prefix`, which a cache needs.
-    "lora": adapters on q and v of the last `layers` layers (None: all), all else frozen.
+    "full": all transformer layers, and the embedding before them.
+    "partial": the last `layers` transformer layers and, as the paper's parameter counts say, the
+        embedding, unless `freeze_embedding`. To reach the embedding, a gradient crosses all frozen
+        layers: that is the cost that a cache, which must freeze it, saves.
+    "lora": adapters on q and v of the last `layers` layers (None: all); all else is frozen.
     """
-    encoder = model.encoder.encoder
-    depth = len(encoder.layers)
-    layers = depth if layers is None else layers
-    if method not in ("full", "partial", "lora"):
-        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
-    if not (layers == depth if method == "full" else 1 <= layers <= depth):
-        raise ValueError(f"{method}, {layers} layers: this encoder has 1 to {depth}, full all")
+    transformer = model.encoder.encoder
+    depth = len(transformer.layers)
+    if layers is None and method != "partial":
+        layers = depth
+    check_freeze(model, method, layers, depth)
     model.encoder.requires_grad_(False)
-    model.cut = depth - layers
+    last = transformer.layers[depth - layers :]
+    train_embedding = method != "lora" and not freeze_embedding
     if method == "lora":
-        for layer in encoder.layers[model.cut :]:
+        for layer in last:
             for name in ("q_proj", "v_proj"):
                 base = getattr(layer.attention, name)
                 setattr(layer.attention, name, LoRALinear(base, rank, alpha, lora_dropout))
-        return
-    encoder.layers[model.cut :].requires_grad_(True)
-    if model.norm_last:
-        encoder.layer_norm.requires_grad_(True)
-    if not freeze_prefix:
-        for part in model.before_layers:
-            part.requires_grad_(True)
-        model.cut = None
+    else:
+        last.requires_grad_(True)
+        if model.norm_last:
+            transformer.layer_norm.requires_grad_(True)
+    for part in model.embedding() if train_embedding else ():
+        part.requires_grad_(True)
+    model.cut = 0 if train_embedding else depth - layers + 1
+    model.train(model.training)  # Now it is known which parts are frozen, and stay in eval mode.
+
+
+def check_freeze(model, method, layers, depth):
+    if method not in ("full", "partial", "lora"):
+        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
+    if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
+        raise ValueError(f"{method}, {layers} layers: this encoder has 1 to {depth}, full all")
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already: freeze a new one")
 
 
 def trainable(model):
-    """{name: parameter} of all that is trained, head included."""
+    """{name: parameter} of all that is trained, the head included."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- load an encoder ----
+
+# What a config.json may say of how to run, not of what the weights compute. None of it is obeyed.
+IGNORED = {"gradient_checkpointing": False, "layerdrop": 0.0, "apply_spec_augment": False}
+IGNORED |= {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+# What it says, beside the shapes of the weights, that changes a number.
+HASHED = """model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
+    feat_extract_activation do_stable_layer_norm max_bucket_distance attention_dropout
+    hidden_dropout activation_dropout feat_proj_dropout"""
+
+
+def load_encoder(name):
+    """Hub id or local folder -> encoder in float32, and {"sample_rate": Hz, "normalise": bool} of
+    its preprocessor, for EmotionModel. ValueError for what no row can be trained from, OSError
+    where nothing loads; in one line."""
+    config = read_config(name)
+    encoder, report = from_pretrained(
+        transformers.AutoModel,
+        name,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",  # EmotionModel chooses another, by family.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    lacking -= {"masked_spec_embed"}  # It is SpecAugment's, and nothing here uses it.
+    if lacking:
+        raise ValueError(f"'{name}': {len(lacking)} weights missing or misshapen: {min(lacking)} …")
+    sound = from_pretrained(transformers.AutoFeatureExtractor, name)
+    if sound.sampling_rate not in range(4000, 192001):
+        raise ValueError(f"'{name}': preprocessor_config.json lacks a sampling_rate in Hz")
+    return encoder, {"sample_rate": sound.sampling_rate, "normalise": bool(sound.do_normalize)}
+
+
+def read_config(name):
+    """The configuration of an encoder that can be trained here. ValueError for any other."""
+    if Version(transformers.__version__) < Version("4.57"):
+        raise ValueError("transformers is too old: pip install 'transformers>=4.57'")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(name):
+        raise ValueError(f"no folder '{name}': give the encoder's place by --model")
+    config = from_pretrained(transformers.AutoConfig, name)
+    odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
+    if odd or config.model_type not in FAMILIES:
+        raise ValueError(f"'{name}': {[config.model_type, *odd]} is none of {FAMILIES}")
+    if find_adapter_config_file(name):
+        raise ValueError(f"'{name}' holds adapter_config.json: merge its adapter, else it is lost")
+    config.update(IGNORED)
+    return config
 
 
 def from_pretrained(auto, name, **options):
@@ -234,167 +406,274 @@ def from_pretrained(auto, name, **options):
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign or damaged folder makes of the reader
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise OSError(f"cannot load {name}: {reason}") from error
+        raise OSError(f"cannot load '{name}': {first_line(error)}") from error
 
 
-def load_encoder(name):
-    """Hub id or local folder -> (encoder in float32, {"sample_rate": Hz, "normalise": bool} of its
-    preprocessor). ValueError for what no row can be trained from, OSError if nothing loads."""
-    config = from_pretrained(transformers.AutoConfig, name)
-    odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
-    if odd or config.model_type not in FAMILIES:
-        raise ValueError(f"{name}: {' '.join([config.model_type, *odd])} is not one of {FAMILIES}")
-    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    encoder, report = from_pretrained(transformers.AutoModel, name, **options)
-    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if lacking := lacking - {"masked_spec_embed"}:  # SpecAugment's, which nothing here uses
-        raise ValueError(f"{name}: {len(lacking)} weights missing or misshapen: {min(lacking)}, …")
-    if broken := [key for key, x in encoder.state_dict().items() if not x.isfinite().all()]:
-        raise ValueError(f"{name}: NaN or infinity in {broken[0]}")
-    audio = from_pretrained(transformers.AutoFeatureExtractor, name)
-    if not audio.sampling_rate:
-        raise ValueError(f"{name}: preprocessor_config.json lacks sampling_rate")
-    return encoder, {"sample_rate": audio.sampling_rate, "normalise": bool(audio.do_normalize)}
-
-
-def describe(model, audio):
-    """One line: what was loaded, and how much of it is trained."""
-    config, size = model.encoder.config, sum(p.numel() for p in model.parameters())
-    shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {size:,} parameters"
-    trained = sum(p.numel() for p in trainable(model).values())
-    settings = audio | {key: getattr(config, key) for key in DROPOUTS}
-    return f"{config.model_type}: {shape}, {trained:,} of them trained, {settings}"
-
-
-def identity(encoder):
+def digest(encoder):
     """SHA-256 of all that an encoder's numbers come from: its weights and its configuration."""
-    settings = {key: getattr(encoder.config, key, None) for key in SETTINGS}
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
+    found = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+            found.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
-def build(name, settings):
-    """Load, wrap and freeze by `settings` -> (EmotionModel, audio settings, encoder's identity)."""
-    encoder, audio = load_encoder(name)
-    digest = identity(encoder)
-    pick = lambda *keys: {key: settings[key] for key in keys if key in settings}
-    model = EmotionModel(encoder, **pick("attributes", "dropout", "padding"))
-    freeze(model, **pick("method", "layers", "freeze_prefix", "rank", "alpha", "lora_dropout"))
-    return model, audio, digest
+# ---- load a run ----
 
 
-def read_checkpoint(path, *keys):
-    """Entries of a file of train.py. Only tensors are unpickled; ValueError for other files."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return [saved[key] for key in keys]
-    except Exception as error:  # whatever a foreign or damaged file makes of the reader
-        raise ValueError(f"{path}: no file, damaged, or not of this project") from error
+def load_trained(model, weights):
+    """Put {name: tensor} of a checkpoint into the parameters that are trained."""
+    if trainable(model).keys() != weights.keys():
+        raise ValueError("it holds the weights of another method or number of layers")
+    model.load_state_dict(weights, strict=False)
+
+
+def build(encoder, audio, settings):
+    """An EmotionModel, built and frozen by the arguments of a run."""
+
+    def pick(words):
+        return {key: settings[key] for key in words.split()}
+
+    model = EmotionModel(encoder, **pick("attributes dropout padding"), **audio)
+    model.encoder_sha256 = digest(encoder)  # before adapters come into it
+    model.scale = settings["scale"]
+    freeze(model, **pick("method layers freeze_embedding rank alpha lora_dropout"))
+    return model
 
 
 def load_run(run, name=None):
-    """A run's best epoch -> (EmotionModel in eval mode, audio settings). best.pt holds what was
-    trained; the rest is the run's encoder, `name` or where it was. ValueError for another."""
-    path = Path(run, "best.pt")
-    config, weights = read_checkpoint(path, "config", "weights")
-    model, audio, digest = build(name := name or config["model"], config)
-    if digest != config["encoder"]:
-        raise ValueError(f"{path} was trained from another encoder than {name} is")
-    if trainable(model).keys() != weights.keys():
-        raise ValueError(f"{path} holds the weights of another method or number of layers")
-    model.load_state_dict(weights, strict=False)
-    return model.eval(), audio
+    """Load a run's best epoch -> EmotionModel in eval mode, float32, with `scale`, the least and the
+    greatest label of its corpus.
+
+    best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now, or
+    where config.json says. OSError or ValueError, in one line that names the file, where either is
+    missing, damaged, or another than the run's.
+    """
+    with blame(Path(run, "config.json")) as path:
+        name = name or str(json.loads(path.read_text())["model"])
+    encoder, audio = load_encoder(name)
+    with blame(Path(run, "best.pt")) as path:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = build(encoder, audio, saved["settings"])
+        if model.encoder_sha256 != saved["settings"]["encoder_sha256"]:
+            raise ValueError(f"it was trained from another encoder than '{name}' is")
+        load_trained(model, saved["weights"])
+    return model.eval()
+
+
+@contextlib.contextmanager
+def blame(path):
+    """Whatever a missing, damaged or foreign file makes of its reader is one line that names it."""
+    try:
+        yield path
+    except OSError:
+        raise  # It names its file itself.
+    except Exception as error:
+        text = f"'{path}' is damaged, or not of this version: {first_line(error)}"
+        raise ValueError(text) from error
+
+
+@contextlib.contextmanager
+def explain_memory(advice):
+    """Full memory, in whichever words a library has for it, is one line with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ["out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"]
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        raise MemoryError(f"out of memory: {advice}") from error
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---- command line ----
 
 
 @torch.no_grad()
 def predict(args):
-    """Print FileName, each attribute on the scale 1 to 7, and on 0 to 1: a file alone at a time."""
+    """Write FileName and each attribute, on the run's scale, of every file or window. A file that
+    cannot be used is a line on stderr, and status 1 at the end."""
     import data  # the command's own need, not the part to copy
 
-    if args.csv and Path(args.csv).suffix != ".csv":  # not to overwrite audio by a mistyped line
-        raise ValueError(f"--csv {args.csv}: give a name that ends in .csv")
-    model, audio = load_run(args.run, args.model)
-    utterances, problems = data.check_audio(data.find_audio(args.audio), audio["sample_rate"])
-    if problems:  # before --csv is touched
-        raise ValueError(f"{problems[0].where}: {problems[0].kind}")
+    model = load_run(args.run, args.model).to(args.device)
+    low, high = model.scale
+    if args.data:
+        how = model.attributes, args.scale or model.scale
+        utterances = data.load_corpus(args.data, [args.split or "Test1"], *how)
+    else:
+        utterances = data.find_audio(args.audio)
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    columns = [data.ATTRIBUTES[attribute] for attribute in model.to(device).attributes]
-    text = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names have on disk
-    with open(args.csv or 1, "w", closefd=bool(args.csv), **text) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["FileName", *columns, *(f"{column}01" for column in columns)])
-        for u, (wave, _) in zip(utterances, data.SpeechDataset(utterances, **audio), strict=False):
-            unit = model(wave[None].to(device), [len(wave)])[0].tolist()
-            scaled = [f"{1 + 6 * x:.4f}" for x in unit]
-            writer.writerow([u.name, *scaled, *(f"{x:z.6f}" for x in unit)])
-            file.flush()
+    columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
+    labels = [f"Emo{column}" for column in columns if args.data]
+    bounds = ["Start", "End"] if args.window else []
+    failed = 0
+    with open_csv(args.csv, ["FileName", *bounds, *columns, *labels]) as writer:
+        for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
+            pieces = [()]
+            try:
+                if args.window:
+                    pieces = windows(data.duration(u.path), args.window, args.hop)
+                for times in pieces:
+                    wave = data.load_audio(u.path, model.sample_rate, *times)
+                    if data.is_constant(wave):
+                        tqdm.write(f"note: constant sound: '{u.path}' {times or ''}", sys.stderr)
+                    wave = torch.from_numpy(wave).to(args.device)
+                    scores = [*model(wave[None], [len(wave)])[0].tolist(), *u.labels]  # 0 to 1
+                    values = [*times, *(low + (high - low) * score for score in scores)]
+                    writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
+            except ValueError as error:
+                failed += 1
+                tqdm.write(str(error), sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+def windows(seconds, length, hop):
+    """[(start, stop)] in seconds. The last may be shorter; a rest under .1 s is none of its own."""
+    count = 1 + max(0, math.ceil((seconds - length - 0.1) / hop))
+    return [(k * hop, min(k * hop + length, seconds)) for k in range(count)]
+
+
+@contextlib.contextmanager
+def open_csv(path, header):
+    """A csv.writer on the terminal or a file, which is new or replaces one of the same columns."""
+    start = ",".join(header) + "\n"
+    if (
+        path
+        and os.path.exists(path)
+        and not Path(path).read_text(errors="replace").startswith(start)
+    ):
+        raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
+    how = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # as names on disk
+    try:
+        with open(path or 1, "w", closefd=bool(path), **how) as file:
+            file.write(start)
+            yield csv.writer(file, lineterminator="\n")
+    except OSError as error:
+        error.filename = error.filename or path  # A full disk does not say whose file it was.
+        raise
 
 
 def export(args):
-    """Save a run as Hugging Face's sequence classification model, whose logits are 0 to 1."""
-    model, audio = load_run(args.run, args.model)
-    if Path(args.out).exists() and any(Path(args.out).iterdir()):
-        raise ValueError(f"{args.out} exists and is not empty; give a new folder")
-    for attention in [layer.attention for layer in model.encoder.encoder.layers]:
-        for name in ("q_proj", "v_proj"):
-            if isinstance(lora := getattr(attention, name), LoRALinear):
-                setattr(attention, name, lora.merge())
+    """Save a run as Hugging Face's sequence classification model, whose logits are on 0 to 1."""
+    import data
+
+    model = load_run(args.run, args.model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.merge())
     config = model.encoder.config
     config.update({"classifier_proj_size": config.hidden_size, "use_weighted_layer_sum": False})
-    config.problem_type, config.id2label = "regression", dict(enumerate(model.attributes))
+    config.problem_type = "regression"
+    config.id2label = dict(enumerate(model.attributes))
     config.label2id = {name: i for i, name in config.id2label.items()}
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
     exported.classifier.load_state_dict(model.head.state_dict())
-    nn.init.eye_(exported.projector.weight)  # we have no projector
+    nn.init.eye_(exported.projector.weight)  # We have no projector.
     nn.init.zeros_(exported.projector.bias)
-    exported.save_pretrained(args.out)
-    sound = {"do_normalize": audio["normalise"], "sampling_rate": audio["sample_rate"]}
-    transformers.Wav2Vec2FeatureExtractor(**sound).save_pretrained(args.out)
+    # With a mask, a batch of files is scored as each alone, unless the CNN normalises over time.
+    mask = model.padding == "exact" and config.feat_extract_norm == "layer"
+    sound = {"do_normalize": model.normalise, "sampling_rate": model.sample_rate}
+    sound = transformers.Wav2Vec2FeatureExtractor(**sound, return_attention_mask=mask)
+    with data.new_folder(args.out) as folder:
+        exported.save_pretrained(folder)
+        sound.save_pretrained(folder)
+        Path(folder, "README.md").write_text(describe(args, model, mask))
+
+
+def describe(args, model, mask):
+    """The model card of an exported run."""
+    low, high = model.scale
+    with blame(Path(args.run, "result.json")) as path:
+        facts = json.loads(path.read_text())
+        scores = facts["test"]
+    return f"""# Emotion in speech: {", ".join(model.attributes)}
+
+{facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {scores}.
+A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
+{"Files may be scored in batches." if mask else "Score each file alone: padding changes the score."}
+
+```python
+from transformers import pipeline
+score = pipeline("audio-classification", "{args.out}")
+print(score("clip.wav", function_to_apply="none", top_k=None))
+```
+"""
 
 
 def params(args):
     """Print trainable parameters of every row of Table I, from shapes alone."""
-    config = transformers.Wav2Vec2Config()  # wav2vec2-base's shapes
-    if args.model:
-        config = from_pretrained(transformers.AutoConfig, args.model)
-    rows = [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1)]
-    for method, layers, frozen in [("full", None, False), *rows, ("lora", None, True)]:
-        with torch.device("meta"):  # shapes only, no memory
+    config = read_config(args.model) if args.model else transformers.Wav2Vec2Config()
+    counts = range(min(3, config.num_hidden_layers), 0, -1)
+    rows = [("partial", n, frozen) for frozen in (False, True) for n in counts]
+    for method, layers, frozen in [("full", None, False), *rows, ("lora", None, False)]:
+        with blame(args.model), torch.device("meta"):  # Shapes only, no memory.
             model = EmotionModel(transformers.AutoModel.from_config(config))
             total = sum(p.numel() for p in model.encoder.parameters())
             freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
-        name = f"{method} {layers or 'all'}" + (", prefix frozen" if frozen else "")
+        name = f"{method} {layers or 'all'}" + (", embedding frozen" if frozen else "")
         print(f"{count:12,}  {count / total:6.1%} of the encoder  {name}")
+
+
+def choose_device(name):
+    """ "cpu", or "cuda" with this process's own GPU. ValueError where there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    gpus = torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= gpus:
+        raise ValueError(f"process {local} of this machine has no GPU: PyTorch sees {gpus}")
+    torch.cuda.set_device(local)
+    return "cuda"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("predict", help="CSV of each file, alone: 1 to 7, and 0 to 1")
-    command.add_argument("run", help="a run folder of train.py")
-    command.add_argument("audio", nargs="+", help="audio files, and folders of them")
-    command.add_argument("--csv", help="write here instead of the terminal")
-    command.add_argument("--model", help="the run's encoder, if no longer where it was")
-    command = commands.add_parser("export", help="write a Hugging Face folder")
-    command.add_argument("run", help="a run folder of train.py")
-    command.add_argument("out", help="a new folder")
-    command.add_argument("--model", help="the run's encoder, if no longer where it was")
-    command = commands.add_parser("params", help="count what each row of Table I trains")
-    command.add_argument("--model", help="another encoder than wav2vec2-base")
+    where = "the run's encoder, if no longer where it was"
+    add = commands.add_parser(
+        "predict", help="score files, each alone, on the run's scale"
+    ).add_argument
+    add("run", help="a run folder of train.py")
+    # With nargs "*", argparse would take no file at all where an option stands before the files.
+    add("audio", nargs="+", help="audio files, and folders of them").required = False
+    add("--csv", help="write here instead of the terminal")
+    add("--window", type=float, metavar="S", help="score pieces of so many seconds")
+    add(
+        "--hop", type=float, metavar="S", help="from one piece's start to the next one's (--window)"
+    )
+    add("--data", help="score a split of this corpus, and write its labels beside")
+    add("--split", help="of --data (Test1)")
+    add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add("--model", help=where)
+    add = commands.add_parser("export", help="write a Hugging Face folder").add_argument
+    add("run", help="a run folder of train.py")
+    add("out", help="a new folder")
+    add("--model", help=where)
+    add = commands.add_parser("params", help="count what each row of Table I trains").add_argument
+    add("--model", help="another encoder than wav2vec2-base")
     args = parser.parse_args(argv)
+    if args.command == "predict":
+        args.device = choose_device(args.device)
+        args.hop = args.window if args.hop is None else args.hop
+        if bool(args.audio) == bool(args.data):
+            parser.error("predict takes audio, or --data")
+        if (args.split or args.scale) and not args.data:
+            parser.error("--split and --scale need --data")
+        if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0):
+            parser.error("--window is not below --hop, and --hop not below .1")
     {"predict": predict, "export": export, "params": params}[args.command](args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: one line and exit status 2
-        argparse.ArgumentParser().exit(2, f"error: {error}\n")
+    from ccc import shell
+
+    shell(main)

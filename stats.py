@@ -1,305 +1,342 @@
-"""Tables I and II of the paper, its tests of significance and a plot, from folders of runs.
-Section V: mean ± sd over seeds, ANOVA, t-tests against full fp32; cached rows against uncached.
+"""Table I with its tests of significance (section V), Table II and a plot, from run folders.
 
-    python stats.py runs --verbose --plot tradeoff.png    # Table I, every p value; CCC against time
-    python stats.py runs --memory 11 48 --format latex    # Table II: what fits in 11 and in 48 GB
-    python stats.py runs --commands --data ROOT --cache-root caches    # every run still to do
+A row of Table I is the mean ± sd over runs that differ in their seed only. An ANOVA and t-tests say
+which rows differ from full finetuning in fp32, and t-tests which cached rows from uncached ones.
+
+    python stats.py runs --verbose --plot table1.png    # Table I, every p value; CCC against hours
+    python stats.py runs --memory 11 48                 # Table II: what fits in 11 and in 48 GB
 """
 
 import argparse
 import csv
 import json
-import math
-import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-# Runs that agree in all of ROW are seeds of one row; the rows of one table agree in all of SAME.
-ROW = ["method", "layers", "precision", "padding", "cached", "cache", "freeze_prefix", "chunk"]
-ROW += ["recompute", "processes", "rank", "alpha", "lora_dropout"]
-SAME = ["epochs", "batch_size", "lr", "dropout", "attributes", "splits", "encoder", "corpus"]
-LEVEL = 0.05  # of significance (section V)
-LATEX = {"±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "%": r"\%", "_": r"\_"}
-LATEX = str.maketrans(LATEX | {"✓": r"$\surd$", "✗": r"$\times$"})
+LEVEL = 0.05  # A difference is significant below this p value (section V).
+FULL = {"method": "full", "precision": "fp32"}  # This row is the reference of all uncached ones.
+# What is trained, and how: a cached row and its uncached twin agree in that.
+TRAINED = str.split("method layers precision rank alpha lora_dropout")
+# Runs that agree in all of ROW are seeds of one row.
+ROW = "attributes padding eval_batch_size cached cache freeze_embedding processes chunk recompute"
+ROW = TRAINED + ROW.split()
+# All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise. Only
+# `labels`, a digest of the labels of a run's own attributes, differs with these.
+SAME = str.split("corpus splits scale encoder_sha256 labels epochs batch_size lr dropout")
+# A run's result.json must have a number under each of these.
+NUMBERS = """seed layers rank alpha lora_dropout processes eval_batch_size trainable_parameters
+    epochs batch_size lr dropout fill_seconds peak_memory_bytes device_memory_bytes"""
+# Okabe and Ito's colours can be told apart by everyone. Their faint yellow is left out.
+COLORS = str.split("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000")
 
 
-def find_runs(tops):
-    """Folders of runs in `tops` and up to two folders below, each once. Links are followed."""
-    found = set()
-    for top in tops:
-        if not Path(top).is_dir():
-            raise ValueError(f"{top}: no such folder")
-        for below in ("config.json", "*/config.json", "*/*/config.json"):
-            for path in Path(top).glob(below):
-                # Hugging Face folders hold a config.json, too; a run's names its method and seed
-                if {"method", "seed"} <= json.loads(path.read_text()).keys():
-                    found.add(path.parent.resolve())
-    return sorted(found)
+def compare(scores, reference):
+    """Two-sided t-test of independent runs with pooled variance (section V).
+
+    Takes two arrays over seeds. Returns the p value, the difference of the means and the
+    difference's 95 % interval.
+    """
+    difference = scores.mean() - reference.mean()
+    # A shift of both changes no result, and leaves exact zeros where all scores are equal.
+    shift = reference[0]
+    test = stats.ttest_ind(scores - shift, reference - shift)
+    # SciPy gives NaN where nothing varies at all. That is no evidence of a difference.
+    p = np.nan_to_num(test.pvalue, nan=1.0)
+    return p, difference, test.confidence_interval(0.95)
 
 
-def read_runs(tops):
-    """Every result.json under `tops`, and beside its keys what the tables need in hours and GB."""
-    runs = []
-    for folder in find_runs(tops):
-        path = folder / "result.json"
-        if not path.exists():
-            raise ValueError(f"{folder}: unfinished; give its train.py line again, with --resume")
-        run = json.loads(path.read_text()) | {"folder": folder}
-        try:
-            run["peak_gb"] = run["peak_memory_bytes"] / 1e9
-            run["card_gb"] = run["device_memory_bytes"] / 1e9
-            if not run["out_of_memory"]:
-                run |= {task: run["test"][task] for task in run["attributes"]}
-                for key in ("train", "eval", "fill"):
-                    run[f"{key}_hours"] = (run[f"{key}_seconds"] or 0) / 3600
-            for key in (*ROW, *SAME, "seed", "device", "trainable_parameters"):
-                run[key]  # if missing, then refused here
-        except KeyError as error:
-            raise ValueError(f"{path}: the key {error} is missing; run it anew") from error
-        runs.append(run)
-    for key in SAME:
-        values = {str(run[key]): run["folder"] for run in runs}
-        if len(values) > 1:
-            which = ", ".join(f"{value} in {folder}" for value, folder in values.items())
-            raise ValueError(f"the runs of a table must have the same {key}: {which}")
-    return runs
+def decide_mark(cached, difference, p, p_anova):
+    """† significantly lower, ‡ higher; neither is NS in cached rows, as in the paper's table.
+
+    A t-test counts only where the ANOVA before it is significant, too.
+    """
+    if p >= LEVEL or p_anova >= LEVEL:
+        return "NS" if cached else ""
+    return "†" if difference < 0 else "‡"
 
 
-def short_name(row):
+def find_alike(row, rows, wanted):
+    """That uncached row which has the wanted settings and may be compared with `row`, or None.
+    Of several it is the first that was computed in the same way, or else the first."""
+    wanted = wanted | {"scored": row["scored"], "cached": False, "several": True}
+    found = [other for other in rows if wanted.items() <= other.items()]
+    return min(found, key=lambda other: other["computed"] != row["computed"], default=None)
+
+
+def test_attribute(rows, attribute):
+    """Section V for one attribute, over the rows that have it and two seeds or more.
+
+    Fills row["marks"], and returns a line {column: text} for each t-test.
+    """
+    rows = [row for row in rows if attribute in row and row["several"]]
+    lines = []
+    for full in rows:
+        found = [row for row in rows if find_alike(row, rows, FULL) is full and row is not full]
+        compared = [row for row in found if not row["cached"]]
+        if compared:
+            full["marks"][attribute] = ""
+            groups = [row[attribute] for row in [full, *compared]]
+            # NaN means that nothing varies at all, here, too.
+            p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
+            for row in compared:
+                lines.append(test_pair(row, full, attribute, len(compared), p_anova))
+    for row in rows:
+        twin = find_alike(row, rows, {key: row[key] for key in TRAINED})
+        if row["cached"] and twin:
+            # The paper has no ANOVA here, and no correction.
+            lines.append(test_pair(row, twin, attribute))
+    return lines
+
+
+def test_pair(row, other, attribute, tests=1, p_anova=0.0):
+    """Mark a row by its t-test against another, and return the line that tells of it."""
+    p, difference, interval = compare(row[attribute], other[attribute])
+    corrected = min(1.0, p * tests)  # Bonferroni: so many rows are compared with the other one.
+    row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
+    return {
+        "row": row["name"],
+        "attribute": attribute,
+        "against": other["name"],
+        "difference": format_ccc(difference),
+        "95 % interval": " to ".join(map(format_ccc, interval)),
+        "p": f"{p:.3g}",
+        "corrected": f"{corrected:.3g}",
+        "ANOVA's p": "" if row["cached"] else f"{p_anova:.3g}",
+    }
+
+
+def find_runs(top):
+    """Folders of runs: `top` itself and up to two folders below. Links are followed."""
+    patterns = ("config.json", "*/config.json", "*/*/config.json")
+    paths = [path for pattern in patterns for path in Path(top).glob(pattern)]
+    # The folder of an encoder holds a config.json, too, but only that of a run names a seed.
+    found = {path.parent.resolve() for path in paths if b'"seed"' in path.read_bytes()}
+    if not found:
+        raise ValueError(f"no runs in '{top}': a run is a folder that train.py wrote")
+    return found
+
+
+def read_run(folder):
+    """What the tables need of a run's result.json."""
+    path = folder / "result.json"
+    if not path.exists():
+        raise ValueError(f"'{folder}' is unfinished: give its train.py line again, with --resume")
+    try:
+        result = json.loads(path.read_bytes())
+        result["attributes"] = "+".join(result["attributes"])
+        result["fill_seconds"] = result.get("fill_seconds") or 0
+        numbers = NUMBERS.split()
+        if not result["out_of_memory"]:
+            result |= result["test"]
+            numbers += ["train_seconds", *result["attributes"].split("+")]
+        for key in numbers:
+            # JSON has NaN, and numbers without end. Text is a TypeError.
+            if isinstance(result[key], bool) or not -1 <= result[key] < 2**64:
+                raise ValueError(f"{key} is {result[key]!r:.40}")
+        # A list or a dict in place of a setting cannot be hashed, which is a TypeError, too.
+        hash(tuple(result[key] for key in [*ROW, "device"]))
+        keys = [*ROW, *SAME, *numbers, "device", "out_of_memory"]
+        return {key: result[key] for key in keys} | {"folder": str(folder)}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged or of an older version: {error!r}") from error
+
+
+def refuse_mixture(runs):
+    """Refuse runs that do not belong in one table. Different attributes may stand in one."""
+    firsts = {}
+    for run in runs:
+        for key in SAME:
+            first = firsts.setdefault((key, key == "labels" and run["attributes"]), run)
+            if run[key] != first[key]:
+                raise ValueError(
+                    f"the runs of a table must have the same {key}: "
+                    f"{first[key]!r} in '{first['folder']}', {run[key]!r} in '{run['folder']}'"
+                )
+
+
+def make_row(runs):
+    """A row: the settings that its runs share, and an array over finished seeds a measure."""
+    done = [run for run in runs if not run["out_of_memory"]]
+    row = (done or runs)[0] | {"marks": {}, "several": len(done) > 1}
+    for key in ["seed", "train_seconds", "peak_memory_bytes", *row["attributes"].split("+")]:
+        row[key] = np.array([run[key] for run in done])
+    if len(set(row["seed"])) < len(done):
+        raise ValueError(f"a seed twice in {[run['folder'] for run in done]}")
+    failed = [run["device_memory_bytes"] / 1e9 for run in runs if run["out_of_memory"]]
+    row["failed_gb"] = max(failed, default=0)
+    row["devices"] = ", ".join(sorted({f"{run['device']}" for run in runs}))
+    # Only rows that agree in this are compared. In paper padding, the score of an utterance depends
+    # on what else is in its batch.
+    batch = row["padding"] == "paper" and row["eval_batch_size"]
+    row["scored"] = f"{row['attributes']} {row['padding']} {batch}"
+    row["computed"] = f"{row['processes']} {row['chunk']} {row['recompute']}"
     layers = row["layers"] if row["method"] == "partial" else ""
-    kind = " cached" if row["cached"] else " frozen" if row["freeze_prefix"] else ""
-    return f"{row['method']}{layers} {row['precision']}{kind}"
+    kind = " cached" if row["cached"] else " frozen" if row["freeze_embedding"] else ""
+    row["short"] = f"{row['method']}{layers} {row['precision']}{kind}"
+    return row
 
 
 def group_rows(runs):
-    """A dict a row, in the paper's order: ROW's keys, arrays over the finished seeds, a name."""
-    groups, rows = {}, []
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    """The rows in the paper's order: uncached first, then fewer parameters, then fp32."""
+    groups = {}
+    for run in runs:
         groups.setdefault(tuple(run[key] for key in ROW), []).append(run)
-    for group in groups.values():
-        done = [run for run in group if not run["out_of_memory"]]
-        if len(done) > len({run["seed"] for run in done}):
-            raise ValueError(f"a seed twice in {', '.join(str(run['folder']) for run in done)}")
-        row = {key: group[0][key] for key in (*ROW, "trainable_parameters")}
-        row |= {"seeds": [run["seed"] for run in done], "marks": {}}
-        for key in (*group[0]["attributes"], "train_hours", "eval_hours", "fill_hours", "peak_gb"):
-            row[key] = np.array([run[key] for run in done])
-        row["devices"] = ", ".join(sorted({run["device"] for run in done}))
-        row["failed_gb"] = [max(r["card_gb"], r["peak_gb"]) for r in group if r["out_of_memory"]]
-        rows.append(row)
-    rows.sort(key=lambda r: (r["cached"], r["trainable_parameters"], r["precision"] != "fp32"))
-    for row in rows:  # what tells rows of the same short name apart is added to it
-        alike = [other for other in rows if short_name(other) == short_name(row)]
-        differ = [key for key in ROW if len({other[key] for other in alike}) > 1]
-        row["name"] = " ".join([short_name(row), *(f"{key}={row[key]}" for key in differ)])
+    rows = [make_row(group) for group in groups.values()]
+    rows.sort(key=lambda row: (row["trainable_parameters"], row["precision"] != "fp32"))
+    # As text, False comes before True.
+    rows.sort(key=lambda row: f"{row['scored']} {row['cached']} {row['freeze_embedding']}")
+    for row in rows:
+        # What tells rows of the same short name apart is added to it.
+        alike = [other for other in rows if other["short"] == row["short"]]
+        row["name"] = row["short"]
+        for key in ROW:
+            if any(other[key] != row[key] for other in alike):
+                row["name"] += f" {key}={row[key]}"
     return rows
 
 
-def find_other(row, rows, twin):
-    """What a row is compared with, or None: full fp32 (section V) or its `twin`, the same uncached
-    or else with --freeze-prefix. Of several, the most alike."""
-    same = ("method", "layers", "precision", "rank", "alpha", "lora_dropout", "padding")
-    found = [r for r in rows if short_name(r) == "full fp32"]
-    if twin:
-        found = [r for r in rows if not r["cached"] and all(r[key] == row[key] for key in same)]
-    found = [r for r in found if not r["freeze_prefix"]] or found
-    rest = ("padding", "processes", "chunk", "recompute")
-    return min(found, key=lambda r: [r[key] != row[key] for key in rest], default=None)
-
-
-def mark_rows(rows, task):
-    """Section V for one task: fills row["marks"]; returns the tests, {column: text} each."""
-    pairs = [(row, find_other(row, rows, row["cached"])) for row in rows]
-    pairs = [(row, other) for row, other in pairs if other and other is not row]
-    factor, tests = sum(not row["cached"] for row, _ in pairs), []
-    if factor:
-        groups = [row[task] for row in rows if not row["cached"]]
-        p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
-        tests = [{"row": "all uncached", "task": task, "against": "ANOVA", "p": f"{p_anova:.3g}"}]
-    for row, other in pairs:
-        a, b = row[task] - other[task][0], other[task] - other[task][0]  # zeros, if none varies
-        difference, test = a.mean() - b.mean(), stats.ttest_ind(a, b)
-        low, high = np.nan_to_num(test.confidence_interval(0.95), nan=difference)
-        p = np.nan_to_num(test.pvalue, nan=1.0)  # NaN: no spread and no difference
-        corrected = p if row["cached"] else min(1, p * factor)  # Bonferroni
-        mark = "NS" if row["cached"] else ""
-        if corrected < LEVEL and (row["cached"] or p_anova < LEVEL):
-            mark = "†" if difference < 0 else "‡"
-        row["marks"][task] = mark
-        test = {"row": row["name"], "task": task, "against": other["name"], "p": f"{p:.3g}"}
-        test |= {"corrected": f"{corrected:.3g}", "mark": mark, "difference": ccc(difference)}
-        tests.append(test | {"95 % interval": f"{ccc(low)} to {ccc(high)}"})
-    return tests
-
-
-def ccc(value):
+def format_ccc(value):
     """.623, as the paper prints a CCC; z: what rounds to zero has no sign."""
     return f"{value:z.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
-def saved(value, reference):
-    """How much less than the reference: the paper's percent ("67% speedup") and the factor."""
-    digits = 1 if value < 0.005 * reference else 0  # LoRA does not train 100% fewer parameters
-    return f"{100 * (1 - value / reference):z.{digits}f}% ({reference / value:.1f}x)"
+def format_mean(values, form="{:.4g}".format):
+    """'mean±sd' with the sample's sd (n - 1), which one seed does not have."""
+    if len(values) < 2:
+        return "".join(map(form, values))
+    return f"{form(values.mean())}±{form(values.std(ddof=1))}"
 
 
-def result_tables(rows, tasks):
-    """Table I, and what it leaves out: evaluation, memory, and when a cache has paid."""
-    results, costs = [], []
-    for row in rows:
-        train, fill = row["train_hours"].mean(), row["fill_hours"].mean()
-        line = {"row": row["name"], "n": str(len(row["seeds"]))}
-        for task in tasks:
-            mean, sd = ccc(row[task].mean()), ccc(row[task].std(ddof=1))
-            line[task] = f"{mean}±{sd} {row['marks'].get(task, '')}"
-        line["train h"] = f"{train:.4g}±{row['train_hours'].std(ddof=1):.1g}"
-        line["params"] = f"{row['trainable_parameters'] / 1e6:.2f}M"
-        if full := find_other(row, rows, twin=False):
-            line["faster"] = saved(train, full["train_hours"].mean())
-            line["fewer"] = saved(row["trainable_parameters"], full["trainable_parameters"])
-        results.append(line)
-        line = {"row": row["name"], "eval h": f"{row['eval_hours'].mean():.4g}"}
-        line |= {"peak GB": f"{row['peak_gb'].max():.2f}", "device": row["devices"]}
-        if row["cached"]:
-            line |= {"fill h": f"{fill:.4g}", "fill+train h": f"{fill + train:.4g}"}
-        if row["cached"] and (twin := find_other(row, rows, twin=True)):
-            gain = twin["train_hours"].mean() - train
-            line["than uncached"] = saved(train, twin["train_hours"].mean())
-            line["runs to pay"] = str(math.ceil(fill / gain)) if gain > 0 else "never"
-        costs.append(line)
-    return results, costs
+def format_saving(row, full, key):
+    """How much less than full fp32: 66.7% less time is the paper's "67% speedup"."""
+    return f"{100 - 100 * np.mean(row[key]) / np.mean(full[key]):z.1f}%"
 
 
-def memory_table(rows, sizes):
-    """Table II: a row fits where its largest peak does, and not where a run of it failed."""
+def table_one(rows, attributes):
+    """Table I, {column: text} a row, with savings against full fp32. Where a row has no other to be
+    compared with, it has a dash for a mark."""
     table = []
     for row in rows:
-        peak, failed = max(row["peak_gb"], default=0), max(row["failed_gb"], default=0)
-        table.append({"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""})
-        for x in sizes:
-            table[-1][f"{x:g} GB"] = "✗" if x < peak or x <= failed else "✓" if peak else "?"
+        line = {"row": row["name"], "n": f"{len(row['seed'])}"}
+        for attribute in attributes:
+            mean = format_mean(row.get(attribute, []), format_ccc)
+            line[attribute] = f"{mean} {row['marks'].get(attribute, '-')}"
+        line["train h"] = format_mean(row["train_seconds"] / 3600) or "out of memory"
+        line["params"] = f"{row['trainable_parameters'] / 1e6:.2f}M"
+        full = find_alike(row, rows, FULL)
+        if full and row["several"]:
+            line["faster"] = format_saving(row, full, "train_seconds")
+            line["fewer"] = format_saving(row, full, "trainable_parameters")
+        if row["cached"]:
+            line["fill h"] = f"{row['fill_seconds'] / 3600:.4g}"
+        line["device"] = row["devices"]
+        table.append(line)
     return table
 
 
+def memory_table(rows, sizes):
+    """Table II: ✓ from a row's peak on, ✗ below it and up to a card on which it failed, else ?."""
+    table = []
+    for row in rows:
+        peak = max(row["peak_memory_bytes"], default=0) / 1e9
+        line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
+        for size in sizes:
+            fits = "✓" if peak else "?"
+            line[f"{size:g} GB"] = "✗" if size < peak or size <= row["failed_gb"] else fits
+        table.append(line)
+    return table
+
+
+def plot(rows, attributes, path):
+    """CCC against training hours, a panel an attribute. Bars are one sd over seeds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib: pip install matplotlib") from error
+
+    figure = Figure(figsize=(9, 2 + 4 * len(attributes)), layout="constrained")
+    handles = {}
+    colors = {}
+    for number, attribute in enumerate(attributes, 1):
+        panel = figure.add_subplot(len(attributes), 1, number)
+        panel.set(xlabel="training time (h)", ylabel=f"{attribute} CCC")
+        for row in rows:
+            if attribute in row and row["several"]:
+                # In "partial3 fp16 cached", 3 becomes the marker, and what follows has a colour.
+                what, kind = row["name"].split(" ", 1)
+                colors.setdefault(kind, COLORS[len(colors) % len(COLORS)])
+                handles[row["name"]] = panel.errorbar(
+                    row["train_seconds"].mean() / 3600,
+                    row[attribute].mean(),
+                    row[attribute].std(ddof=1),
+                    marker=f"${what[7:] or what[0].upper()}$",
+                    markersize=10,
+                    color=colors[kind],
+                    ls="",
+                    elinewidth=1,
+                )
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
+    figure.savefig(path)
+
+
+# ---- command line ----
+
+
 def show(table, form):
-    """Print a table: {column: text} a row; where a row lacks a column or its text, a dash."""
-    columns = list(dict.fromkeys(column for row in table for column in row))
-    lines = [columns, *([row.get(c, "").strip() or "-" for c in columns] for row in table)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        if form == "csv":
-            csv.writer(sys.stdout, lineterminator="\n").writerow(line)
-        elif form == "latex":
-            print(" & ".join(line).translate(LATEX), r"\\")
-        else:
+    """Print a table, {column: text} a line. Where a line lacks a column or its text, a dash."""
+    columns = list(dict.fromkeys(column for line in table for column in line))
+    lines = [[line.get(column, "").strip() or "-" for column in columns] for line in table]
+    lines = [columns, *lines]
+    if form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+    else:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
             print("  ".join(map(str.ljust, line, widths)).rstrip())
     print()
 
 
-def plot(rows, tasks, path):
-    """CCC against training time, a panel an attribute; bars are one sd over seeds."""
-    from matplotlib.figure import Figure  # optional: pip install matplotlib
-
-    figure, colors = Figure(figsize=(9, 4.5 * len(tasks)), layout="constrained"), {}
-    for task, axes in zip(tasks, figure.subplots(len(tasks), squeeze=False).flat, strict=True):
-        axes.set(xlabel="training time (h)", ylabel=f"{task} CCC")
-        for row in rows:
-            kind = short_name(row).split(" ", 1)[1]  # fp32, fp32 cached, ...
-            label = None if kind in colors else kind
-            color = colors.setdefault(kind, f"C{len(colors)}")
-            marker = {"full": "$F$", "lora": "$L$"}.get(row["method"], f"${row['layers']}$")
-            x, y = row["train_hours"], row[task]
-            point = x.mean(), y.mean(), y.std(ddof=1), x.std(ddof=1)
-            axes.errorbar(*point, marker=marker, ms=10, lw=0.7, color=color, label=label)
-    figure.legend(title="1 2 3: last layers\nF: full   L: LoRA", loc="outside right upper")
-    figure.savefig(path, dpi=100)
-
-
-def commands(args):
-    """The cache.py and train.py lines of Table I without a result yet, quoted for a shell."""
-    python = f"torchrun --nproc-per-node {args.processes}" if args.processes > 1 else "python"
-    corpus = ["--data", args.data] + (["--model", args.model] if args.model else [])
-    corpus += ["--skip-bad"] if args.skip_bad else []
-    partial = [("partial", n, p) for n in (1, 2, 3) for p in ("fp32", args.mixed)]
-    table = [("lora", 0, "fp32"), *partial, ("full", 0, "fp32"), ("full", 0, args.mixed)]
-    table = [(*row, False) for row in table] + [(*row, True) for row in partial if args.cache_root]
-    fills, lines = {}, []
-    for method, layers, precision, cached in table:
-        name = f"{method}{layers or ''}-{precision}" + ("-cached" if cached else "")
-        last = ["--layers", str(layers)] if layers else []
-        store = str(Path(args.cache_root or "", f"last-{layers}"))
-        fill = [*corpus, *last, "--out", store]
-        for seed in range(args.seeds):
-            out = Path(args.runs[0], f"{name}-seed{seed}")
-            words = [*corpus, "--out", str(out), "--seed", str(seed), "--method", method, *last]
-            words += ["--precision", precision] + (["--cache", store] if cached else [])
-            words += [*shlex.split(args.train_args), "--resume"]
-            done = out / "result.json"
-            if not done.exists() or json.loads(done.read_text())["out_of_memory"]:
-                lines.append(f"{python} train.py {shlex.join(words)}")
-                if cached:
-                    fills[store] = f"{python} cache.py {shlex.join(fill)}"
-    return [*fills.values(), *lines]
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("runs", nargs="*", default=["runs"], help="folders searched for runs (default: runs)")
-    add("--format", choices=("text", "latex", "csv"), default="text", help="default: text")
-    add("--plot", metavar="FILE.png", help="also plot CCC against training time (Table I)")
-    add("--verbose", action="store_true", help="every p value and its 95 %% interval (section V)")
-    add("--memory", nargs="+", type=float, metavar="GB", help="Table II for these cards (V-E)")
-    add = parser.add_argument_group("the runs of Table I that are still to do").add_argument
-    add("--commands", action="store_true", help="print their lines; RUNS is where they will be")
-    add("--data", metavar="ROOT", help="corpus (section III)")
-    add("--model", help="encoder (default: train.py's; section IV-A)")
-    add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
-    add("--cache-root", metavar="DIR", help="cached rows, too, with caches in DIR (section IV-C)")
-    add("--seeds", type=int, default=5, help="runs a row (default: 5, section V)")
-    add("--mixed", choices=("fp16", "bf16"), default="fp16", help="mixed precision (fp16)")
-    add("--processes", type=int, default=1, help="GPUs a run, with torchrun (default: 1)")
-    add(
-        "--train-args",
-        default="",
-        metavar='"..."',
-        help="more for each train.py line; give others other RUNS",
-    )
-    args = parser.parse_args(argv)
-    if args.commands and (not args.data or len(args.runs) > 1):
-        parser.error("--commands needs --data ROOT and one folder for the runs")
-    return args
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    if args.commands:
-        return print(*commands(args) or ["# nothing to do: all runs are finished"], sep="\n")
-    runs = read_runs(args.runs)
-    if not runs:
-        raise ValueError(f"no runs in {' '.join(args.runs)}: a run is a folder with config.json")
-    rows, tasks = group_rows(runs), runs[0]["attributes"]
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUNS", help="folders searched for runs, two folders deep")
+    add("--format", choices=("text", "csv"), default="text", help="how tables print (text)")
+    add("--plot", metavar="FILE.png", help="also plot CCC against training time (matplotlib)")
+    add("--memory", nargs="+", type=float, metavar="GB", help="Table II for these cards (V-E)")
+    add("--verbose", action="store_true", help="every p value and its 95 %% interval (section V)")
+    args = parser.parse_args(argv)
+    folders = {folder for top in args.runs for folder in find_runs(top)}
+    runs = [read_run(folder) for folder in sorted(folders)]
+    refuse_mixture(runs)
+    rows = group_rows(runs)
     if args.memory:
-        return show(memory_table(rows, args.memory), args.format)
-    done = [row for row in rows if len(row["seeds"]) > 1]
-    tests = [test for task in tasks for test in mark_rows(done, task)]
-    results, costs = result_tables(done, tasks)
-    for row in [row for row in rows if len(row["seeds"]) < 2]:  # no mean ± sd
-        reason = f"one seed: {ccc(row[tasks[0]][0])}" if row["seeds"] else "out of memory"
-        results.append({"row": row["name"], tasks[0]: reason})
+        show(memory_table(rows, args.memory), args.format)
+        return
+    attributes = sorted({name for row in rows for name in row["attributes"].split("+")})
+    tests = [line for attribute in attributes for line in test_attribute(rows, attribute)]
+    show(table_one(rows, attributes), args.format)
+    if args.verbose:
+        show(tests, args.format)
     if args.plot:
-        plot(done, tasks, args.plot)
-    for table in (results, costs, tests) if args.verbose else (results, costs):
-        show(table, args.format)
+        plot(rows, attributes, args.plot)
     if args.format == "text":
-        print(f"† lower, ‡ higher (p < {LEVEL}), NS neither, than full fp32 or row uncached.")
+        print(f"p < {LEVEL}: † lower, ‡ higher than full fp32, cached than uncached; NS neither")
+        alone = ", ".join(row["name"] for row in rows if not row["marks"])
+        if alone:
+            print(
+                f"- not compared: {alone}. Two seeds are needed, and two of full fp32 (if cached: of "
+                "the row uncached), with the same attributes, padding and, if paper, eval_batch_size."
+            )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:  # bad input: one line and exit status 2
+    except KeyboardInterrupt:
+        argparse.ArgumentParser().exit(130, "interrupted\n")
+    except (ValueError, OSError) as error:  # bad input is one line and exit status 2
         argparse.ArgumentParser().exit(2, f"error: {error}\n")

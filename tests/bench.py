@@ -41,12 +41,15 @@ import model as models
 import train
 
 BATCH, RATE = 32, 16000
+# dropouts of facebook/wav2vec2-base's own config.json, as far as known; transformers' defaults differ
+BASE = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "activation_dropout": 0.0}
+BASE |= {"feat_proj_dropout": 0.1}
 TRAIN, CACHED = 84030, 84030 + 19815 + 30647  # utterances of MSP-Podcast 1.11: Train, three splits
 METHODS = {  # options of train.py, whose default precision is mixed
     "full": "--method full",
     "lora": "--method lora",
     **{f"partial {n}": f"--layers {n}" for n in (1, 2, 3)},
-    "freeze-prefix 3": "--freeze-prefix",
+    "freeze-embedding 3": "--freeze-embedding",
     **{f"cached {n}": f"--cache x --layers {n}" for n in (1, 2, 3)},
     "recommended": "--cache x --padding exact --chunk 4",
     **{f"recommended chunk {n}": f"--cache x --padding exact --chunk {n}" for n in (8, 16, 32)},
@@ -69,7 +72,7 @@ def spread(n):
 
 def make_peer(method):
     """Hugging Face's model, with PEFT's LoRA, as train_epoch takes it; without what no row has."""
-    config = Wav2Vec2Config(num_labels=2, layerdrop=0.0, apply_spec_augment=False)
+    config = Wav2Vec2Config(num_labels=2, layerdrop=0.0, apply_spec_augment=False, **BASE)
     peer = Wav2Vec2ForSequenceClassification(config)
     peer.freeze_feature_encoder()
     if method == "lora":
@@ -77,8 +80,8 @@ def make_peer(method):
 
         where = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
         peer = get_peft_model(peer, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, **where))
-    peer.attributes, peer.frames = data.PAPER, lambda samples: (samples - 80) // 320
-    peer.frozen, peer.trained = lambda *batch: batch, lambda wave, _: peer(wave).logits
+    peer.attributes = data.PAPER
+    peer.prefix, peer.suffix = lambda *batch: batch, lambda wave, _: peer(wave).logits.float()
     return peer
 
 
@@ -88,8 +91,8 @@ def build(row, device=None):
     with torch.device(device or args.device):
         if row.startswith("peer"):
             return args, make_peer(args.method)
-        model = models.EmotionModel(Wav2Vec2Model(Wav2Vec2Config()), padding=args.padding)
-        models.freeze(model, args.method, args.layers, args.freeze_prefix)
+        model = models.EmotionModel(Wav2Vec2Model(Wav2Vec2Config(**BASE)), padding=args.padding)
+        models.freeze(model, args.method, args.layers, args.freeze_embedding)
     return args, model
 
 
@@ -127,7 +130,8 @@ def run_row(row, n, cap):
     kept = chunks[:, -n:]
     args.batch_size, args.chunk = kept.size, kept.shape[1]
     noise = UserList((torch.randn(length, *width), torch.rand(2)) for length in kept.flat)
-    noise.lengths, noise.targets = kept.ravel().tolist(), torch.rand(kept.size, 2)
+    noise.lengths = noise.frames = kept.ravel().tolist()
+    noise.targets = torch.rand(kept.size, 2)
     _, works = run_epochs(args, model, noise, 11 if cuda else 4)  # of one step each
     seconds = np.median(works[1:]) * chunks.size / kept.size
     line = {"row": row, "s/step": seconds, "hours": seconds * TRAIN / BATCH * 5 / 3600}
@@ -141,7 +145,8 @@ def run_row(row, n, cap):
     rule = {torch.ops.aten.convolution_backward: both}
     batch = [(torch.empty(len(c), c[-1], *width, device="meta"), c) for c in chunks.tolist()]
     with FlopCounterMode(display=False, custom_mapping=rule) as counter:
-        train.predict(model, batch, "meta", args.cached).sum().backward()
+        args.device, args.recompute = "meta", False
+        train.predict_batch(model, batch, args).sum().backward()
     share = counter.get_total_flops() / seconds / rate
     return line | {"of rate": share, "useful": share * chunks.mean() / chunks[:, -1].mean()}
 
@@ -165,31 +170,36 @@ def prepare(folder, n, base):
         soundfile.write(path, np.resize(soundfile.read(path)[0], samples), RATE)
     data.write_encoder(folder / "encoder", layers=4, width=256, channels=64)
     if base:
-        Wav2Vec2Model(Wav2Vec2Config()).save_pretrained(folder / "encoder")
+        Wav2Vec2Model(Wav2Vec2Config(**BASE)).save_pretrained(folder / "encoder")
     cache.main(f"--data {folder} --model {folder}/encoder --out {folder}/cache".split())
 
 
 def measure_data(folder, cuda, quick):
     """A cache of the last 3 layers, read from the disk and shuffled; then train_epoch's loop."""
     prepare(folder, 640 if cuda else 16, base=True)
-    index, size = cache.read_index(folder / "cache", {}), 0
+    size = 0
     for path in folder.glob("cache/*.pt"):
         size += path.stat().st_size
         with open(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    utterances = data.load_corpus(folder, data.SPLITS[:3])
-    cached = cache.CachedDataset(folder / "cache", utterances, index)
+    utterances = data.usable(data.load_corpus(folder, data.SPLITS[:3]))
+    entries, _, seconds = cache.read_entries(folder / "cache")
+    cached = cache.CachedDataset(entries, utterances)
+    cached.frames = cached.lengths
     start = timeit.default_timer()
     frames = sum(len(cached[i][0]) for i in np.random.permutation(len(cached)))
     reading, share = timeit.default_timer() - start, CACHED / len(cached)
     line = {"cache": "three splits of MSP-Podcast", "GB": share * size / 1e9}
-    line |= {"hours": share * index["seconds"] / 3600, "bytes/frame": size / frames}
-    yield line | {"filled/s": frames / index["seconds"], "read/s": frames / reading}
+    line |= {"hours": share * seconds / 3600, "bytes/frame": size / frames}
+    yield line | {"filled/s": frames / seconds, "read/s": frames / reading}
     if cuda:
         torch.cuda.set_sync_debug_mode("warn")
-    for method in ["recommended"] if quick else ["recommended", "freeze-prefix 3"]:
+    for method in ["recommended"] if quick else ["recommended", "freeze-embedding 3"]:
         args, model = build(f"{method} {'mixed' if cuda else 'fp32'}")
-        dataset = cached if args.cached else data.SpeechDataset(utterances)
+        dataset = cached
+        if not args.cached:
+            dataset = data.SpeechDataset(utterances)
+            dataset.frames = dataset.lengths
         args.batch_size = BATCH if cuda else 4
         for args.workers in [2] if quick else [1, 2, 4]:
             with warnings.catch_warnings(record=True, action="always") as caught:

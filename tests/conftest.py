@@ -52,31 +52,33 @@ def relative(actual, expected):
 
 
 def chunked(lengths, inputs, chunk=None):
-    """A padded batch in chunks, short to long, for train.predict, and places in the batch."""
+    """A padded batch in chunks, short to long, for train.predict_batch, and places in the batch."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     rows = [order[i : i + (chunk or len(order))] for i in range(0, len(order), chunk or len(order))]
     chunks = [(inputs[r, : max(lengths[i] for i in r)], [lengths[i] for i in r]) for r in rows]
     return chunks, torch.tensor(order).argsort()
 
 
-def step(model, batch, seed=0, chunk=None, **how):
+def step(model, batch, seed=0, chunk=None, cached=False, recompute=False, precision="fp32"):
     """{name: tensor} of predictions, loss and gradients of a step on (inputs, lengths, targets)."""
+    args = SimpleNamespace(device="cpu", precision=precision, cached=cached, recompute=recompute)
     torch.manual_seed(seed)
     model.zero_grad()
     chunks, places = chunked(batch[1], batch[0], chunk)
-    predictions = train.predict(model, chunks, "cpu", **how)[places]
+    with train.autocast(args):
+        predictions = train.predict_batch(model, chunks, args)[places]
     loss = train.ccc_loss(predictions, batch[2])
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"predictions": predictions.detach(), "loss": loss.detach(), **gradients}
 
 
-def read_cache(folder, corpus):
-    """{name: hidden states (T, D)} of those utterances of a corpus that a cache holds."""
-    index = cache.read_index(folder, {})
-    held = [u for u in data.read_corpus(corpus)[0] if u.name in index["utterances"]]
-    dataset = cache.CachedDataset(folder, held, index)
-    return {u.name: dataset[i][0] for i, u in enumerate(held)}
+def read_cache(folder):
+    """{name: hidden states (T, D)} of all that a cache holds."""
+    entries, _, _ = cache.read_entries(folder)
+    utterances = [SimpleNamespace(name=name, labels=()) for name in entries]
+    dataset = cache.CachedDataset(entries, utterances)
+    return {name: dataset[i][0] for i, name in enumerate(entries)}
 
 
 def state(folder):
@@ -85,8 +87,14 @@ def state(folder):
     text = json.dumps([last, best], default=torch.Tensor.tolist)
     for name in ("result.json", "metrics.jsonl", "predictions-Test1.csv"):
         text += Path(folder, name).read_text()
-    apart = r'"(train_seconds|eval_seconds|peak_memory_bytes|out|resume)": [^,}]+'
+    apart = r'"(train_seconds|eval_seconds|fill_seconds|peak_memory_bytes|out)": [^,}]+'
     return re.sub(apart, "", text)
+
+
+def tree(folder):
+    """{path: bytes and time of its last change} of every file under a folder."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def read_csv(path):
@@ -116,11 +124,13 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fill(corpus, encoder):
-    """fill(folder, *options): cache.py on the tiny corpus."""
+    """fill(folder, *options): cache.py on the tiny corpus, on the CPU."""
 
     def run(folder, *options):
         arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 1]
-        cache.main([str(argument) for argument in [*arguments, *options]])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)  # A GPU rounds otherwise.
+            cache.main([str(argument) for argument in [*arguments, *options]])
 
     return run
 
@@ -157,7 +167,7 @@ def prepare(launch, tmp_path_factory, monkeypatch):
     made = []
 
     def instead_of_fit(args, model, datasets, config):
-        rows, _ = train.make_batches(datasets["Train"], model, args, 1)[0]
+        rows = train.batches(datasets["Train"], args, 1)[0]
         batch = data.collate([datasets["Train"][i] for i in rows])
         made.append(SimpleNamespace(args=args, model=model, datasets=datasets, batch=batch))
         for name, parameter in model.named_parameters():

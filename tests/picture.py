@@ -10,9 +10,9 @@ COLUMNS = [  # title, its cost in the paper, trained layers, y of the cut, y of 
     ("LoRA", "0.3 M trained, 2.48 h", 0, 516, 173),
 ]
 NOTES = """All but the CNN is trained:/nothing frozen is crossed.
-What lies before the frozen/layers is trained, too. To reach/it, all nine are crossed.
-What is faded runs once and is/read from disk. --freeze-prefix/has the same cut and no disk.
-Small A and B beside each layer:/few weights are trained, yet all/twelve layers are crossed."""
+The embedding is trained,/too. To reach it, all nine/frozen stages are crossed.
+The faded part runs once, and/is read from disk. Same cut,/no disk: --freeze-embedding.
+Few weights are trained,/A and B beside each layer,/yet all twelve are crossed."""
 SNOW = "M0 -7V7M-6 -3.5L6 3.5M-6 3.5L6 -3.5M-2 -6L0 -4L2 -6M-2 6L0 4L2 6"
 FLAME = "M0 -8C1 -4 6 -3 5 3C4 8 -4 8 -5 3C-5 0 -3 -1 -3 -4C-1 -3 1 -4 0 -8Z"
 
@@ -53,12 +53,12 @@ for number, (title, cost, trained, cut, crossed) in enumerate(COLUMNS):
     x, middle = 44 + 284 * number, 144 + 284 * number
     lower = text(middle, 660, "speech") + box(x, 594, 30, "CNN", True)
     lower += arrow(middle, 643, 627) + arrow(middle, 592, 573) + arrow(middle, 526, 507)
-    lower += box(x, 526, 44, "projection, positional/conv., LayerNorm", cut < 582)
+    lower += box(x, 526, 44, "stage 0: embedding/(pos. convolution)", cut < 582)
     upper = text(middle, 48, title, 22, 'font-weight="bold"') + text(middle, 78, cost)
     upper += text(middle, 118, "CCC loss") + box(x, 144, 26, "pooling, head", False)
     upper += arrow(middle, 142, 126) + arrow(middle, 289, 248)
-    layers = [box(x, 507 - 24 * i, 21, f"layer {i}", i <= 12 - trained) for i in range(1, 10)]
-    layers += [box(x, 464 - 24 * i, 21, f"layer {i}", i <= 12 - trained) for i in range(10, 13)]
+    layers = [box(x, 507 - 24 * i, 21, f"stage {i}", i <= 12 - trained) for i in range(1, 10)]
+    layers += [box(x, 464 - 24 * i, 21, f"stage {i}", i <= 12 - trained) for i in range(10, 13)]
     for i in range(0 if trained else 12):  # LoRA's adapters
         y = (483 if i < 9 else 440) - 24 * i
         layers[i] += f'<rect x="{x + 158}" y="{y + 2}" width="38" height="17" fill="{ORANGE}"/>'
@@ -71,11 +71,11 @@ for number, (title, cost, trained, cut, crossed) in enumerate(COLUMNS):
     svg += arrow(x + 222, crossed or 118, cut - 2, RED if crossed else INK, 4)
     if crossed:
         where = f'fill="{RED}" font-weight="bold" transform="rotate(90 {x + 238} 380)"'
-        svg += text(x + 238, 380, f"crosses {12 - trained} frozen layers", 15, where)
+        svg += text(x + 238, 380, f"crosses {12 - trained} frozen stages", 15, where)
     svg += text(x + 108, 694, NOTES.split("\n")[number])
 svg += box(44, 770, 26, "frozen", True, 110) + box(170, 770, 26, "trained", False, 110)
 svg += disk(346, 783) + text(456, 788, "stored on disk") + path("M544 783H584", width=4)
-svg += text(668, 788, "backpropagation") + text(966, 788, "cut: no gradient below this line")
+svg += text(668, 788, "backpropagation") + text(966, 788, "cut: prefix below, suffix above")
 svg += path("M776 783H816", more='stroke-dasharray="7 5"')
 svg += text(590, 822, "hours: the paper's, 5 epochs in fp32 on an A40 (*on an RTX 2080 Ti)", 15)
 Path(__file__).with_name("idea.svg").write_text(svg + "</svg>\n", encoding="utf-8")

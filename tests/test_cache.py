@@ -1,21 +1,25 @@
-"""A cached run against the uncached one with the same parts frozen; what is on disk; the refusal of
-foreign caches."""
+"""A cached run against the uncached one with the same parts frozen; what is on disk; fills that
+continue, side by side or at once; the refusal of foreign caches."""
 
-import json
-import threading
+import pickle
+import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
-from conftest import DEPTH, WIDTH, read_cache, relative, step, tiny_encoder
+from conftest import DEPTH, WIDTH, read_cache, relative, step, tree
 
 import cache
 import data
 import model as models
-import train
 
 FLOAT32 = ("--layers", 3, "--dtype", "float32")
+HALF, SINGLE = {"dtype": "float16"}, {"dtype": "float32"}  # fingerprints
 
 
 def after_a_step(made):
@@ -31,21 +35,15 @@ def after_a_step(made):
 @pytest.mark.parametrize("method", ["partial", "lora"])
 @pytest.mark.parametrize(("layers", "filled"), [(1, 1), (2, 2), (3, 3), (1, 3), (2, 3)])
 def test_cached_is_uncached(layers, filled, method, prepare, cached):
-    """In exact padding, dropout on, a training step from a float32 cache, even one for more layers,
-    is that of the uncached run with the same frozen prefix: predictions, gradients, and predictions
-    after the optimizer's step."""
+    """In exact padding, dropout on, a training step from a float32 cache, even one of more layers,
+    is that of the uncached run with the embedding frozen: predictions, gradients, and predictions
+    after the optimizer's step. A cache keeps its own cut."""
     row = ["--method", method, "--layers", layers]
-    uncached = prepare(*row, *(["--freeze-prefix"] if method == "partial" else []))
+    uncached = prepare(*row, *(["--freeze-embedding"] if method == "partial" else []))
     from_cache = prepare(*row, "--cache", cached(filled))
-    assert (uncached.model.cut, from_cache.model.cut) == (DEPTH - layers, DEPTH - filled)
+    cuts = uncached.model.cut, from_cache.model.cut
+    assert cuts == (DEPTH - layers + 1, DEPTH - filled + 1)
     assert relative(after_a_step(from_cache), after_a_step(uncached)) < 1e-5
-
-
-def test_a_late_cache_is_refused(launch, cached, tmp_path):
-    """A cache that starts after the first trained layer is refused, and nothing is written."""
-    with pytest.raises(ValueError, match="--layers 2"):
-        launch(tmp_path / "run", "--layers", 2, "--cache", cached(1))
-    assert not (tmp_path / "run").exists()
 
 
 def test_float16_cache(prepare, cached):
@@ -60,125 +58,314 @@ def test_float16_cache(prepare, cached):
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "bytes_a_value"), [("float16", 2), ("float32", 4)])
 def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
-    """An utterance is stored as Hugging Face's hidden states before the layer, of that waveform
-    alone, in 2 D bytes a true frame (float16; 4 D in float32), and a shard holds nothing else."""
-    folder, total = Path(cached(3, dtype)), 0
-    hf, stored = models.load_encoder(encoder)[0].eval(), read_cache(folder, corpus)
-    dataset = data.SpeechDataset(data.read_corpus(corpus)[0])
-    for u, (wave, _) in zip(dataset.utterances, dataset, strict=False):
-        hidden, wave = stored[u.name], wave[None]
-        expected = hf(wave, output_hidden_states=True).hidden_states[1][0]
+    """An utterance is stored as Hugging Face's hidden states before the layer, of its normalised
+    waveform alone, in 2 D bytes a frame (float16; 4 D in float32), with the CRC-32 of its file;
+    beside them a shard holds a few kilobytes."""
+    (path,) = Path(cached(3, dtype)).glob("shard-*")
+    hf = models.load_encoder(encoder)[0].eval()
+    extractor = models.transformers.AutoFeatureExtractor.from_pretrained(encoder)
+    stored = read_cache(path.parent)
+    entries, _, seconds = cache.read_entries(path.parent)
+    total = 0
+    for u in data.load_corpus(corpus, data.SPLITS):
+        wave = soundfile.read(u.path, dtype="float32")[0]
+        inputs = extractor(wave, sampling_rate=16000, return_tensors="pt").input_values
+        expected = hf(inputs, output_hidden_states=True).hidden_states[1][0]
+        hidden = stored[u.name]
         assert hidden.shape == expected.shape and hidden.shape[1] == WIDTH
         assert hidden.nbytes == len(expected) * WIDTH * bytes_a_value
         assert relative(hidden.float(), expected) < (1e-3 if dtype == "float16" else 1e-5)
+        assert entries[u.name].recording == zlib.crc32(Path(u.path).read_bytes())
         total += hidden.nbytes
-    assert total <= sum(path.stat().st_size for path in folder.glob("shard-*")) < total + 4096
+    assert len(stored) == 28 and seconds > 0 and total <= path.stat().st_size < total + 8192
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_gpu_fills_the_same(fill, cached, corpus, tmp_path, monkeypatch):
+def test_a_gpu_fills_the_same(cached, corpus, encoder, tmp_path):
     """A GPU, where PyTorch runs convolutions in TF32, stores what the CPU does to 1e-2."""
-    fill(tmp_path, *FLOAT32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu, gpu = (read_cache(folder, corpus) for folder in (cached(3), tmp_path))
-    assert relative(gpu, cpu) < 1e-2
+    line = ["--data", corpus, "--model", encoder, "--out", tmp_path, *FLOAT32]
+    cache.main([str(option) for option in line])
+    assert relative(read_cache(tmp_path), read_cache(cached(3))) < 1e-2
 
 
-def test_a_fill_continues(fill, tmp_path, capsys):
-    """The same command with more splits adds what is missing and leaves what is there; --verify
-    finds all intact."""
-    fill(tmp_path, "--layers", 3, "--splits", "Train")
-    before, shard = cache.read_index(tmp_path, {}), (tmp_path / "shard-00000.pt").read_bytes()
-    fill(tmp_path, "--layers", 3)
-    after = cache.read_index(tmp_path, {})
-    assert (len(before["utterances"]), len(after["utterances"])) == (12, 28)
-    assert before["utterances"].items() <= after["utterances"].items()
-    assert (tmp_path / "shard-00000.pt").read_bytes() == shard
-    fill(tmp_path, "--layers", 3, "--verify")
+# ---- fill and read ----
+
+
+def made_on_the_fly(buffer, **odd):
+    """Items that reuse one buffer, as a loop of one's own may, then others of odd kinds."""
+    for name, value in (("a", 1), ("b", 2), ("c", 3)):
+        buffer.fill_(value)
+        yield name, buffer[:value], value
+    for name, hidden in odd.items():
+        yield name, hidden, None
+
+
+def test_any_iterable_is_filled(tmp_path, monkeypatch):
+    """A cache of one's own tensors: items made on the fly in one buffer, non-contiguous or with a
+    gradient, are stored as they were when they came, in shards that end when full; nothing makes
+    nothing."""
+    monkeypatch.setattr(cache, "SHARD_BYTES", 96)
+    odd = {
+        "turned": torch.arange(12.0).reshape(4, 3).T,
+        "trained": torch.ones(2, 4, requires_grad=True) * 5,
+    }
+    cache.fill(tmp_path / "none", SINGLE, iter([]))
+    cache.fill(tmp_path, SINGLE, made_on_the_fly(torch.empty(3, 4), **odd), process=7)
+    assert list(tmp_path.glob("none/*")) == []
+    found = read_cache(tmp_path)
+    expected = {name: torch.full((n, 4), float(n)) for n, name in enumerate("abc", start=1)} | odd
+    assert found.keys() == expected.keys()
+    for name, hidden in expected.items():
+        assert torch.equal(found[name], hidden)
+    names = [torch.load(path)["names"] for path in sorted(tmp_path.glob("shard-7-0000?.pt"))]
+    assert names == [["a", "b", "c"], ["turned", "trained"]]
+
+
+@pytest.mark.parametrize("value", [70_000.0, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_stored(value, tmp_path):
+    """What float16 cannot hold, and NaN, is refused by name; float32 holds more."""
+    odd = torch.ones(3, 4)
+    odd[1, 2] = value
+    with pytest.raises(ValueError, match="'odd'.*float16"):
+        cache.fill(tmp_path, HALF, [("odd", odd, None)])
+    assert not list(tmp_path.iterdir())
+    if value == 70_000:
+        cache.fill(tmp_path, SINGLE, [("odd", odd, None)])
+        assert torch.equal(read_cache(tmp_path)["odd"], odd)
+
+
+def test_a_pickled_dataset_carries_no_shards(cached):
+    """To a DataLoader's process goes where the states are, not the states, and it reads the same;
+    an utterance that is lacking is named."""
+    entries, _, _ = cache.read_entries(cached(3))
+    utterances = [SimpleNamespace(name=name, labels=(0.5,)) for name in entries]
+    dataset = cache.CachedDataset(entries, utterances)
+    pickled = pickle.dumps(dataset)
+    for hidden, target in (dataset[i] for i in range(28)):
+        assert target == 0.5 and len(hidden) in dataset.lengths
+    assert len(dataset.shards) == 1 and len(pickle.dumps(dataset)) == len(pickled) < 10_000
+    assert torch.equal(pickle.loads(pickled)[5][0], dataset[5][0])
+    with pytest.raises(ValueError, match="lacks 1 utterances, 'other' first"):
+        cache.CachedDataset(entries, [*utterances, SimpleNamespace(name="other", labels=())])
+
+
+CLAIMS = {
+    "fingerprint": lambda shard: shard["fingerprint"].update(cut=1),
+    "names": lambda shard: shard["names"].append(shard["names"].pop(0)),
+    "frames": lambda shard: shard["frames"].__setitem__(slice(2), [len(shard["frames"]), 1]),
+    "hidden": lambda shard: shard["hidden"][0].add_(1e-6),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_checksum_covers_what_is_claimed(claim, tmp_path):
+    """A shard that claims another fingerprint, name or length than was written, or holds another
+    value, is found when the utterance is read."""
+    items = [("a", torch.ones(1, 4), 1), ("b", torch.ones(2, 4), 2)]
+    cache.fill(tmp_path, {"dtype": "float32", "cut": 2}, items)
+    (path,) = tmp_path.iterdir()
+    shard = torch.load(path, weights_only=True)
+    CLAIMS[claim](shard)
+    torch.save(shard, path)
+    with pytest.raises(ValueError, match="shard-0-00000.pt' is damaged at '[ab]'"):
+        read_cache(tmp_path)
+
+
+# ---- the command, and train.py --cache ----
+
+
+def test_training_fills_what_lacks(launch, fill, corpus, tmp_path, capsys):
+    """One line of train.py fills a cache and trains from it, as one that cache.py filled. Once
+    full, the cache is only read: no file in it is made or touched, and no audio is needed."""
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    line = ["--data", root, "--padding", "exact", "--cache", tmp_path / "new"]
+    launch(tmp_path / "first", *line)
+    assert f"'{tmp_path / 'new'}' lacks 28 utterances" in capsys.readouterr().out
+    fill(tmp_path / "filled", "--layers", 3, "--dtype", "float16")
+    capsys.readouterr()
+    assert relative(read_cache(tmp_path / "new"), read_cache(tmp_path / "filled")) == 0
+    (tmp_path / "new" / ".lock-0").unlink()
+    before = tree(tmp_path / "new")
+    (root / "Audios").rename(root / "away")
+    launch(tmp_path / "second", *line)
+    assert " GB" not in capsys.readouterr().out and tree(tmp_path / "new") == before
+    first, second = (tmp_path / run / "predictions-Test1.csv" for run in ("first", "second"))
+    assert first.read_text() == second.read_text()
+    seconds = cache.read_entries(tmp_path / "new")[2]
+    assert f'"fill_seconds": {seconds!r}' in (tmp_path / "second" / "result.json").read_text()
+
+
+def test_a_fill_continues(fill, cached, tmp_path, capsys):
+    """The same command with more splits adds what is missing and leaves what is there to the byte,
+    whatever cut or dtype it would give a new folder; what a killed fill of its own number left half
+    written goes, that of another number stays."""
+    fill(tmp_path, *FLOAT32, "--splits", "Train")
+    before = (tmp_path / "shard-0-00000.pt").read_bytes()
+    for name in ("shard-0-00007.pt.tmp", "shard-1-00001.pt.tmp"):
+        (tmp_path / name).write_text("half")
+    fill(tmp_path, "--layers", 2)
+    assert (tmp_path / "shard-0-00000.pt").read_bytes() == before
+    names = {".lock-0", "shard-0-00000.pt", "shard-0-00001.pt", "shard-1-00001.pt.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
+    capsys.readouterr()
+    cache.main(["--out", str(tmp_path), "--verify"])
     assert "all 28 utterances are intact" in capsys.readouterr().out
 
 
 def test_processes_fill_side_by_side(fill, cached, corpus, tmp_path, monkeypatch):
-    """Two of three processes, the last of which dies, write files of their own that readers merge.
-    One more, though a shard of the first is lost, completes the cache that one alone makes."""
+    """Three processes in turn fill shares by place in the corpus, whatever is there already, and
+    make the cache that one makes. A lost shard is filled again, and none is written over."""
     monkeypatch.setattr(cache, "SHARD_BYTES", 20_000)
+    names = [u.name for u in data.read_corpus(corpus)[0]]
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
         fill(tmp_path, *FLOAT32)
-    assert {path.name for path in tmp_path.glob("index*")} == {"index.json", "index-1.json"}
-    assert len(read_cache(tmp_path, corpus)) == 28 - len(range(2, 28, 3))
-    (tmp_path / "shard-00000.pt").unlink()
+        share = {name for i, name in enumerate(names) if i % 3 <= rank}
+        assert read_cache(tmp_path).keys() == share
+    whole = read_cache(cached(3))
+    assert relative(read_cache(tmp_path), whole) == 0
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    fill(tmp_path, *FLOAT32, "--splits", "Test1")  # a new shard of the lost one's name
+    (tmp_path / "shard-0-00000.pt").unlink()
+    kept = tree(tmp_path)
     fill(tmp_path, *FLOAT32)
-    assert relative(read_cache(tmp_path, corpus), read_cache(cached(3), corpus)) == 0
+    assert kept.items() <= tree(tmp_path).items()
+    assert (tmp_path / "shard-0-00000.pt").exists()
+    assert relative(read_cache(tmp_path), whole) == 0
 
 
-OTHER = {"encoder": "0" * 64, "layer": 2, "dtype": "float32", "sample_rate": 8000}
-OTHER |= {"normalise": False}
+@pytest.mark.parametrize(("rank", "size"), [("0", None), (None, "2"), ("2", "2"), ("-1", "2")])
+def test_half_an_environment_is_refused(rank, size, fill, launch, tmp_path, monkeypatch):
+    """RANK without WORLD_SIZE, the reverse, or beyond it: refused, before anything is written."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        if value:
+            monkeypatch.setenv(name, value)
+    for command in (fill, launch):
+        with pytest.raises(ValueError, match="set both, or neither"):
+            command(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""
+
+
+@pytest.mark.parametrize("splits", [["Train"], data.SPLITS])
+def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch):
+    """A fill that finds another at work says so once and waits; what that has written until then,
+    a part or all, is not filled again nor lost, and its half-written file is left alone."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    fill(tmp_path / "other", *FLOAT32, "--splits", *splits)
+    line = [sys.executable, "-c", HOLD, folder / ".lock-0"]
+    holder = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    said = []
+
+    def instead_of_print(text, **_):
+        said.append(text)
+        if "waiting" in text:  # now the other one goes on, and ends
+            assert (folder / "shard-0-00000.pt.tmp").exists()
+            (tmp_path / "other" / "shard-0-00000.pt").rename(folder / "shard-0-00000.pt")
+            holder.communicate()
+
+    monkeypatch.setattr(cache, "print", instead_of_print, raising=False)
+    assert holder.stdout.readline() == b"held\n"
+    (folder / "shard-0-00000.pt.tmp").write_text("half")
+    before = (tmp_path / "other" / "shard-0-00000.pt").read_bytes()
+    fill(folder, *FLOAT32)
+    assert [text.startswith("waiting for another process") for text in said].count(True) == 1
+    assert (folder / "shard-0-00000.pt").read_bytes() == before
+    names = [torch.load(path)["names"] for path in sorted(folder.glob("shard-*"))]
+    assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])
+    assert relative(read_cache(folder), read_cache(cached(3))) == 0
+
+
+def test_replaced_audio_and_damage(fill, cached, corpus, tmp_path, monkeypatch, capsys):
+    """Where a recording is replaced at the moment of its reading, its states and its CRC-32 are of
+    the same bytes. --verify names each damaged utterance and, with --data, each such recording."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    replaced, other, damaged, *_ = sorted(tmp_path.glob("corpus/Audios/*"))
+    load_audio = data.load_audio
+
+    def replace(source, *args):
+        if getattr(source, "name", source) == str(replaced):
+            replaced.write_bytes(other.read_bytes())
+        return load_audio(source, *args)
+
+    monkeypatch.setattr(data, "load_audio", replace)
+    fill(tmp_path / "cache", *FLOAT32, "--data", tmp_path / "corpus")
+    entry, expected = (
+        cache.read_entries(f)[0][replaced.name] for f in (tmp_path / "cache", cached(3))
+    )
+    assert entry[2:] == expected[2:]  # frames, checksum, recording
+    assert relative(read_cache(tmp_path / "cache"), read_cache(cached(3))) == 0
+    assert replaced.read_bytes() == other.read_bytes()
+    (path,) = tmp_path.glob("cache/shard-*")
+    shard = torch.load(path, weights_only=True)
+    shard["hidden"][sum(shard["frames"][: shard["names"].index(damaged.name)])] += 1
+    torch.save(shard, path)
+    capsys.readouterr()
+    line = ["--out", str(tmp_path / "cache"), "--verify"]
+    with pytest.raises(ValueError, match="1 of 28 utterances are damaged"):
+        cache.main(line)
+    with pytest.raises(ValueError, match="2 of 28 utterances are damaged"):
+        cache.main([*line, "--data", str(tmp_path / "corpus")])
+    once, changed, again = capsys.readouterr().out.splitlines()
+    assert f"damaged at '{damaged.name}'" in once == again and "has changed" in changed
+    assert replaced.name in changed
+
+
+OTHER = {"encoder_sha256": "0" * 64, "dtype": "float16", "sample_rate": 8000, "normalise": False}
+OTHER |= {"prefix_version": 0, "cut": 4}
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_a_foreign_cache_is_refused(key, cached):
-    """A cache made with another value of any part of the fingerprint is refused, naming both."""
-    folder = cached(3, "float16")
-    found = cache.read_index(folder, {})["fingerprint"]
-    assert found.keys() == OTHER.keys() and cache.read_index(folder, found)
-    with pytest.raises(ValueError, match=f"another {key} {found[key]}, not {OTHER[key]}"):
-        cache.read_index(folder, found | {key: OTHER[key]})
+def test_a_foreign_cache_is_refused(key, fill, launch, cached, tmp_path):
+    """A cache made with another value of any part of the fingerprint is refused, naming it; so is
+    one that starts after the first trained layer, and a folder with shards of two caches. Nothing
+    is written, and no run is begun."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cached(3), folder)
+    (path,) = folder.glob("shard-*")
+    shard = torch.load(path, weights_only=True)
+    assert shard["fingerprint"].keys() == OTHER.keys()
+    shard["fingerprint"][key] = OTHER[key]
+    torch.save(shard, path)
+    before = tree(folder)
+    reason = "is for fewer layers: fill another with --layers 3" if key == "cut" else f"'{key}': "
+    with pytest.raises(ValueError, match=reason):
+        fill(folder, *FLOAT32)
+    if key != "dtype":  # one may train from either
+        with pytest.raises(ValueError, match=reason):
+            launch(tmp_path / "run", "--cache", folder)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    assert tree(folder) == before
+    shutil.copy(next(Path(cached(3)).glob("shard-*")), folder / "shard-1-00000.pt")
+    with pytest.raises(ValueError, match="shard-1-00000.pt' is of another cache"):
+        fill(folder, *FLOAT32)
 
 
-def test_the_checksum_covers_what_is_claimed(fill, corpus, tmp_path):
-    """An index that claims another layer, offset or name than was written is found at reading."""
-    fill(tmp_path, "--layers", 3)
-    index = json.loads((tmp_path / "index.json").read_text())
-    fingerprint, entries = index["fingerprint"], index["utterances"]
-    (one, a), (two, b) = list(entries.items())[:2]
-    for claim in (
-        {"fingerprint": fingerprint | {"layer": 2}},
-        {"utterances": entries | {one: [a[0], a[1] + 1, *a[2:]]}},
-        {"utterances": entries | {one: b[:4] + a[4:], two: a[:4] + b[4:]}},
-    ):
-        (tmp_path / "index.json").write_text(json.dumps(index | claim))
-        with pytest.raises(ValueError, match=f"shard-00000.pt is damaged .* {one}"):
-            read_cache(tmp_path, corpus)
-
-
-def test_writing_does_not_wait(corpus, tmp_path, monkeypatch):
-    """The model goes on with the next shard while one is written."""
-    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
-    events, add_shard = [], cache.add_shard
-    going = threading.Event()
-
-    def slow(*args):
-        assert going.wait(10)
-        add_shard(*args)
-        events.append("written")
-
-    def encode(utterances):
-        yield torch.ones(3, 4)
-        events.append("second")
-        going.set()
-        yield torch.ones(2, 4)
-
-    monkeypatch.setattr(cache, "add_shard", slow)
-    index = {"fingerprint": {"dtype": "float32"}, "seconds": 0.0, "utterances": {}}
-    cache.fill(tmp_path, index, data.read_corpus(corpus)[0][:2], encode)
-    assert events == ["second", "written", "written"]
-
-
-def test_equal_frames_draw_the_same_dropout():
-    """Utterances of different samples and equal frames go through the model in the same order
-    cached and uncached, so with one seed dropout falls alike."""
-    model = models.EmotionModel(tiny_encoder(), padding="exact")
-    models.freeze(model, "partial", 2, freeze_prefix=True)
-    samples = [5100, 5000, 9000, 8990]
-    args = SimpleNamespace(batch_size=4, seed=0, padding="exact", chunk=2, cached=False)
-    orders = []
-    for args.cached in (False, True):
-        lengths = [model.frames(n) for n in samples] if args.cached else samples
-        dataset = type("Lengths", (list,), {"lengths": lengths})(range(4))
-        orders.append([train.make_batches(dataset, model, args, epoch) for epoch in range(1, 9)])
-    assert orders[0] == orders[1] and model.frames(5100) == model.frames(5000)
+def test_no_folder_is_misused(fill, launch, corpus, tmp_path):
+    """A folder with other files is no cache and gets none; a lock that is a link to a file leaves
+    that as it is."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    before = tree(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="is no cache, as it holds '(Audios|Labels)'"):
+        fill(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="is no cache"):
+        launch(tmp_path / "run", "--cache", tmp_path / "corpus")
+    assert tree(tmp_path / "corpus") == before
+    (tmp_path / "precious").write_text("labels")
+    for folder, name in (("cache", ".lock-0"), ("run", ".lock")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).unlink(missing_ok=True)
+        (tmp_path / folder / name).symlink_to(tmp_path / "precious")
+    launch(tmp_path / "run", "--cache", tmp_path / "cache")
+    assert (tmp_path / "precious").read_text() == "labels"
+    assert len(read_cache(tmp_path / "cache")) == 28

@@ -4,7 +4,7 @@ import pytest
 import scipy.stats
 import torch
 
-from ccc import ccc, ccc_loss, main
+from ccc import ccc, ccc_loss, main, shell
 
 x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
 y = 0.5 * x + torch.randn(50, 2, generator=torch.Generator().manual_seed(1)) + 0.3
@@ -59,6 +59,15 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(loss, expected[0]) and torch.equal(pred.grad, expected[1].to(pred.dtype))
 
 
+def test_shapes_that_differ():
+    """Predictions and targets of two shapes are refused: broadcast, (N, 1) against (N,) would give a
+    loss of everybody against everybody."""
+    for pred, target in [((50, 1), (50,)), ((50, 2), (50, 1)), ((50, 2), (50,)), ((50,), (1,))]:
+        for function in (ccc, ccc_loss):
+            with pytest.raises(ValueError, match="predictions .* targets"):
+                function(torch.zeros(pred), torch.zeros(target))
+
+
 def test_loss_is_not_a_sum_over_micro_batches():
     """By hand: halves (0, 1 | 0, 1) against (0, 1 | 5, 6) lose 0 and 1 - 0.5 / 25.5, the whole
     batch 1 - 0.5 / 13."""
@@ -80,3 +89,30 @@ def test_command(tmp_path, capsys):
         main([str(own), *options])
         act, val = ccc(x[:40], target[:40]).tolist()
         assert capsys.readouterr().out == f"n 40  Act {act:.4f}  Val {val:.4f}\n"
+
+
+WRONG = {  # a predictions file, and what is said of it
+    "NaN": ("FileName,Act,EmoAct a,nan,1 b,2,2", "NaN"),
+    "infinity": ("FileName,Act,EmoAct a,1,1 b,2,inf", "NaN or infinity"),
+    "no number": ("FileName,Act,EmoAct a,1,1 b,x,2", "'b' lacks a prediction or label"),
+    "empty": ("FileName,Act,EmoAct a,1,1 b,,2", "'b' lacks a prediction or label"),
+    "cut off": ("FileName,Act,EmoAct a,1,1 b,2", "'b' lacks a prediction or label"),
+    "no labels": ("FileName,Act,Val a,1,1 b,2,2", "--labels"),
+    "no predictions": ("FileName,EmoAct,EmoVal a,1,1 b,2,2", "no column Act"),
+    "no names": ("File,Act,EmoAct a,1,1 b,2,2", "no column FileName"),
+    "one row": ("FileName,Act,EmoAct a,1,1", "fewer than 2 rows"),
+    "repeated": ("FileName,Act,EmoAct a,1,1 b,2,2 a,1,1", "a name in two rows"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_files(case, tmp_path, capsys):
+    """What a CCC cannot be told from is one line that names the file, and exit status 2."""
+    text, reason = WRONG[case]
+    path = tmp_path / "p.csv"
+    path.write_text(text.replace(" ", "\n"))
+    with pytest.raises(SystemExit) as left:
+        shell(lambda: main([str(path)]))
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"error: '{path}': ") and reason in error

@@ -4,176 +4,224 @@ starts: `work` runs in each process and leaves what it computed in a file."""
 import contextlib
 import copy
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import relative, state
+from conftest import read_cache, read_csv, relative, state
 
+import model as models
 import train
 
 HERE = Path(__file__).resolve()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-EXACT = ["--padding", "exact"]
-CASES = {  # batches of 7 and 5 of 12 utterances, and of 2 with three processes
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+COMMON = ["--device", "cpu", "--lr", 0.01, "--workers", 1]
+CASES = {  # batches of 7 and 5 of 12 utterances, and of 3 with up to three processes
     "full": ["--method", "full"],
-    "partial, chunk, exact": ["--layers", "2", "--chunk", "2", *EXACT],
-    "lora, chunk, recompute, exact": ["--method", "lora", "--chunk", "3", "--recompute", *EXACT],
-    "cached, chunk": ["--layers", "2", "--chunk", "3", "--cache", "CACHE"],
-    "fewer utterances than processes, exact": ["--layers", "1", "--batch-size", "2", *EXACT],
+    "partial": ["--layers", 2, "--chunk", 2],
+    "lora": ["--method", "lora", "--chunk", 3, "--recompute"],
+    "cached": ["--layers", 2, "--chunk", 3, "--cache", "CACHE"],
+    "an utterance a process": ["--layers", 1, "--batch-size", 3],
 }
+# A run that fills its cache: of two processes, and of 11 Train utterances, the last is dropped.
+RUN = ["--cache", "CACHE", "--precision", "fp16", "--batch-size", 4, "--epochs", 2, "--seed", 1]
 
 
-def gradients(model, dataset, args, epoch):
-    """Of each batch of an epoch, dropout off, what a step would be given: loss and gradients."""
-    trained, found = train.models.trainable(model.eval()), []
-    optimizer = torch.optim.SGD(trained.values())
-    for batch in train.make_batches(dataset, model, args, epoch):
-        optimizer.zero_grad()
-        rows, mine, chunks = train.load_batch(dataset, args, batch)
-        predictions = train.predict(model, chunks, "cpu", args.cached, args.recompute)
-        loss = train.ccc_loss(train.gather(predictions, mine, len(rows)), dataset.targets[rows])
-        if loss.requires_grad:
-            loss.backward()
-        train.sum_gradients(optimizer)
-        gradients = {name: p.grad.clone() for name, p in trained.items()}
-        found.append(gradients | {"loss": loss.detach()})
-    return found
+class Recorder(torch.optim.SGD):
+    """An optimizer that keeps each step's gradients, and takes none."""
+
+    def step(self):
+        parameters = self.param_groups[0]["params"]
+        self.found = [*getattr(self, "found", []), [p.grad.clone() for p in parameters]]
+
+
+def gradients(model, dataset, args):
+    """{step: gradients} of train_epoch's steps, dropout off; and the steps' mean loss."""
+    model.eval()
+    model.train = lambda *_: model
+    recorder = Recorder(models.trainable(model).values())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = train.train_epoch(model, dataset, recorder, scaler, args, 1)
+    return {"loss": torch.tensor(loss, dtype=torch.float64), "steps": recorder.found}
+
+
+@contextlib.contextmanager
+def in_float64(model):
+    """A copy of the model, and all that the scripts cast to float32, in float64."""
+    single = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    double = copy.deepcopy(model).double()
+    normalised = double.normalised
+    double.normalised = lambda *batch: normalised(*batch).double()
+    yield double
+    torch.Tensor.float = single
+    torch.set_default_dtype(torch.float32)
+
+
+def examine(found, name):
+    """Instead of train.fit: found[name] = what this process computes of a case."""
+
+    def instead_of_fit(args, model, datasets, config):
+        dataset = datasets["Train"]
+        torch.nn.init.normal_(model.head.weight)
+        for key, parameter in model.named_parameters():
+            if key.endswith("lora_b"):  # zero would keep any gradient from lora_a
+                torch.nn.init.normal_(parameter, std=0.1)
+        found[name] = {"float32": gradients(copy.deepcopy(model), dataset, args)}
+        with in_float64(model) as double:
+            found[name]["float64"] = gradients(double, dataset, args)
+        found[name]["evaluated"] = train.evaluate(model, datasets["Test1"], args)[0]
+        optimizer = torch.optim.AdamW(models.trainable(model).values(), 1e-2, fused=True)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train.train_epoch(model, dataset, optimizer, scaler, args, 1)
+        found[name]["seed"] = torch.initial_seed()
+        found[name]["trained"] = [p.detach() for p in models.trainable(model).values()]
+
+    return instead_of_fit
+
+
+def go(corpus, encoder, cached, out, *options):
+    """train.run, as train.py's main calls it."""
+    places = ["--data", corpus, "--model", encoder, "--out", out, *COMMON]
+    options = [cached if option == "CACHE" else option for option in [*places, *options]]
+    with contextlib.redirect_stdout(None):
+        train.run(train.parse_args([str(option) for option in options]))
 
 
 def work(corpus, encoder, cached, out):
-    """All cases, in float32 and float64, and an epoch with dropout, in this process."""
-    found, single = {}, torch.Tensor.float
+    """All cases in both paddings, in this process; then what several processes do together."""
     torch.set_num_threads(1)
-
-    def instead_of_fit(args, model, datasets, config):
-        torch.nn.init.normal_(model.head.weight)
-        found[name] = gradients(model, datasets["Train"], args, 1)
-        found[f"{name}, evaluated"] = train.evaluate(model, datasets["Test1"], args)[0]
-        torch.Tensor.float = torch.Tensor.double  # predict's word for what it hands to the model
-        torch.set_default_dtype(torch.float64)
-        double = copy.deepcopy(model).double()
-        found[f"{name}, float64"] = gradients(double, datasets["Train"], args, 1)
-        torch.set_default_dtype(torch.float32)
-        torch.Tensor.float = single
-        optimizer = torch.optim.AdamW(train.models.trainable(model).values(), 1e-2, fused=True)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.train_epoch(model, datasets["Train"], optimizer, scaler, args, 1)
-        weights = train.models.trainable(model).items()
-        found[f"{name}, trained"] = {key: weight.detach() for key, weight in weights}
-
-    train.fit = instead_of_fit
+    found = {}
+    fit = train.fit
     if train.PROCESSES > 1:
         torch.distributed.init_process_group("gloo")
-    common = ["--data", corpus, "--model", encoder, "--out", f"{out}/run", "--device", "cpu"]
-    common += ["--precision", "fp32", "--batch-size", "7", "--lr", "0.01", "--workers", "1"]
-    for name, options in CASES.items():
-        options = [cached if option == "CACHE" else option for option in options]
-        with contextlib.redirect_stdout(None):
-            train.run(train.parse_args([*common, *options]))
+    for padding in ("paper", "exact"):
+        for name, options in CASES.items():
+            train.fit = examine(found, f"{name}, {padding}")
+            options = ["--precision", "fp32", "--batch-size", 7, "--padding", padding, *options]
+            go(corpus, encoder, cached, f"{out}/{train.RANK}", *options)
+    train.fit = fit
+    if train.PROCESSES > 1:
+        for key in ("arguments", "labels"):
+            place = f"{corpus}-{train.RANK}" if key == "labels" else corpus
+            dropout = train.RANK / 10 if key == "arguments" else 0.2
+            options = ["--precision", "fp32", "--dropout", dropout]
+            try:
+                go(place, encoder, cached, f"{out}/{train.RANK}", *options)
+            except ValueError as error:
+                found[key] = str(error)
     torch.save(found, f"{out}/of-{train.PROCESSES}-{train.RANK}.pt")
+    if train.PROCESSES == 2:
+        go(corpus, encoder, f"{out}/cache", f"{out}/whole-{train.RANK}", *RUN)
+        train_epoch = train.train_epoch
+
+        def die(*args):
+            if args[-1] == 2:
+                train.exchange("the first process has saved epoch 1")
+                if train.RANK == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return train_epoch(*args)
+
+        train.train_epoch = die
+        go(corpus, encoder, f"{out}/cache", f"{out}/parts", *RUN)
+
+
+def torchrun(n, *line):
+    line = [*TORCHRUN, n, *line]
+    return subprocess.run(map(str, line), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def found(corpus, encoder, cached, tmp_path_factory):
-    """found(processes, rank) -> what `work` saved there."""
+def out(corpus, encoder, cached, tmp_path_factory):
+    """Folder of what `work` left of one, two and three processes. Of two, one is killed at last."""
     out = tmp_path_factory.mktemp("found")
-    for n in (1, 2, 3):
-        start = [sys.executable] if n == 1 else [*TORCHRUN, str(n)]
-        line = [*start, str(HERE), corpus, encoder, cached(2), str(out)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    return lambda n, rank=0: torch.load(out / f"of-{n}-{rank}.pt")
+    places = [f"{out}/corpus", encoder, cached(2), out]
+    shutil.copytree(corpus, places[0])
+    for rank in (0, 1, 2):  # the same but for the last one's first label
+        shutil.copytree(corpus, f"{places[0]}-{rank}")
+    labels = out / "corpus-1" / "Labels" / "labels_consensus.csv"
+    first = read_csv(labels)[0]["EmoAct"]
+    labels.write_text(labels.read_text().replace(first, "4", 1))
+    done = {n: torchrun(n, HERE, *places) for n in (3, 2)}
+    assert done[3].returncode == 0, done[3].stderr
+    assert done[2].returncode != 0 and (out / "parts" / "last.pt").exists(), done[2].stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", train.fit)
+        work(*places)
+    return out
+
+
+def read(out, n, rank=0):
+    return torch.load(out / f"of-{n}-{rank}.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_the_same_gradients(n, found):
+def test_the_same_step(n, out):
     """Dropout off, loss and gradients of every batch in every row, in both paddings, in chunks and
-    recomputed, are those of one process: to 2e-5 of the largest in float32, 1e-12 in float64."""
-    one, several = found(1), found(n)
-    cases = [name for name in one if not name.endswith(("evaluated", "trained"))]
+    recomputed, are those of one process: to 5e-6 of the largest in float32, 1e-12 in float64.
+    Evaluated predictions are the same to the bit."""
+    one, several = read(out, 1), read(out, n)
+    cases = [name for name in one if "," in name]
     assert len(cases) == 2 * len(CASES)
     for name in cases:
-        bound = 1e-12 if name.endswith("float64") else 2e-5
-        for alone, shared in zip(one[name], several[name], strict=True):
-            assert relative(shared, alone) < bound, name
+        assert torch.equal(several[name]["evaluated"], one[name]["evaluated"])
+        for dtype, bound in (("float32", 5e-6), ("float64", 1e-12)):
+            alone, shared = one[name][dtype], several[name][dtype]
+            assert relative(shared["loss"], alone["loss"]) < bound, name
+            assert len(shared["steps"]) == len(alone["steps"]) == (4 if "a process" in name else 2)
+            for found, expected in zip(shared["steps"], alone["steps"], strict=True):
+                found, expected = (dict(enumerate(step)) for step in (found, expected))
+                assert relative(found, expected) < bound, (name, dtype)
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_agree(n, found):
-    """After an epoch of steps with dropout all processes have the same weights, and all the same
-    predictions of one process: to the bit."""
-    one, first, *others = found(1), *(found(n, rank) for rank in range(n))
-    for name, expected in one.items():
-        if name.endswith("trained"):
-            for other in others:
-                assert all(torch.equal(other[name][k], w) for k, w in first[name].items())
-            # dropout is drawn by each process for itself
-            assert any(not torch.equal(first[name][k], w) for k, w in expected.items())
-        elif name.endswith("evaluated"):
-            assert all(torch.equal(each[name], expected) for each in (first, *others))
+def test_processes_agree(n, out):
+    """After an epoch with dropout, which each draws for itself, all processes have the same
+    weights, and all evaluate to the same predictions, to the bit. Those that were started with
+    different arguments or labels refuse to begin."""
+    first, *others = (read(out, n, rank) for rank in range(n))
+    for name in (name for name in first if "," in name):
+        assert len({each[name]["seed"] for each in (first, *others)}) == n
+        assert not torch.equal(first[name]["trained"][0], read(out, 1)[name]["trained"][0])
+        for other in others:
+            assert torch.equal(other[name]["evaluated"], first[name]["evaluated"])
+            weights = zip(other[name]["trained"], first[name]["trained"], strict=True)
+            assert all(torch.equal(*pair) for pair in weights)
+    for each in (first, *others):
+        assert "processes differ in arguments" in each["arguments"] == each["labels"]
 
 
-@pytest.mark.parametrize(("processes", "bound"), [(2, 1.9), (4, 3.5), (8, 4.6)])
-def test_nobody_waits_long(processes, bound):
-    """Chunks of 4 of batches of 32 with lengths like MSP-Podcast's, dealt out: all processes pass
-    together that many times as many padded frames a step as the slowest one."""
-    rng, speedups = np.random.default_rng(0), []
-    for _ in range(200):
-        # exponential, cut to 2.75 to 11 s, mean 5.65 s
-        seconds = np.sort(2.75 - np.log(1 - rng.random(32) * (1 - np.exp(-8.25 * 0.2283))) / 0.2283)
-        costs = []
-        for rank in range(processes):
-            shares = train.deal(32, 4, rank, processes)
-            costs.append(sum(len(mine) * seconds[max(mine)] for mine, _ in shares))
-        speedups.append(sum(costs) / max(costs))
-    assert np.mean(speedups) >= bound
+def test_killed_and_resumed(out, encoder, cached, launch):
+    """Of two processes, only the first writes and prints. After SIGKILL of the second no result is
+    there; another number of processes is refused; --resume by torchrun goes on and ends bitwise as
+    undisturbed. The cache that both filled is what one fills."""
+    whole, parts = out / "whole-0", out / "parts"
+    assert not (out / "whole-1").exists() and not (parts / "result.json").exists()
+    assert relative(read_cache(out / "cache"), read_cache(cached(3, "float16"))) == 0
+    assert {path.name[:8] for path in (out / "cache").glob("shard-*")} == {"shard-0-", "shard-1-"}
+    line = [*COMMON, *(out / "cache" if option == "CACHE" else option for option in RUN)]
+    line += ["--data", out / "corpus", "--resume"]
+    with pytest.raises(ValueError, match="is of a run with processes 2, not 1"):
+        launch(parts, *line)
+    line += ["--model", encoder, "--out", parts]
+    resumed = torchrun(2, HERE.parent.parent / "train.py", *line)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 1/2" not in resumed.stdout and resumed.stdout.count("epoch 2/2") == 1
+    assert resumed.stdout.count("Test1 with epoch") == 1 == resumed.stdout.count("steps an epoch")
+    assert state(parts) == state(whole)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("n", [1, 2, 5, 12, 32])
-@pytest.mark.parametrize("chunk", [1, 4, 32])
-def test_each_utterance_once(n, chunk, processes):
-    """Whatever the numbers, each utterance of a batch is dealt to one process, in one chunk."""
-    shares = [p for rank in range(processes) for p in train.deal(n, chunk, rank, processes)]
-    assert sorted(p for mine, _ in shares for p in mine) == list(range(n))
-    assert all(set(mine) <= set(whole) and len(whole) <= chunk for mine, whole in shares)
-
-
-def start(n, line):
-    """train.py under torchrun, as a process."""
-    line = [*TORCHRUN, str(n), str(HERE.parent.parent / "train.py"), *map(str, line)]
-    return subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_killed_and_resumed(corpus, encoder, launch, tmp_path):
-    """With torchrun, only the first process writes and prints; after SIGKILL of the second the run
-    ends everywhere, --resume goes on, and all ends bitwise as undisturbed. Another number of
-    processes is refused."""
-    common = ["--data", corpus, "--model", encoder, "--device", "cpu", "--lr", "0.01"]
-    common += ["--precision", "fp16", "--batch-size", "4", "--workers", "1"]
-    line = [*common, "--epochs", "2", "--out"]
-    whole = start(2, [*line, tmp_path / "whole"])
-    out, _ = whole.communicate()
-    assert whole.returncode == 0 and out.count("epoch 1/2") == 1 == out.count("Test1 with epoch")
-    killed = start(2, [*common, "--epochs", "2", "--out", tmp_path / "parts"])
-    while not (tmp_path / "parts" / "last.pt").exists():
-        assert killed.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
-    victim = [c for c in children if b"RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
-    os.kill(int(victim[0]), 9)
-    _, err = killed.communicate()
-    assert "error: another process has ended" in err and 'train.py", line' not in err
-    assert killed.returncode != 0 and not (tmp_path / "parts" / "result.json").exists()
-    with pytest.raises(ValueError, match="last.pt is of a run with .*processes 2, not 1"):
-        launch(tmp_path / "parts", "--resume")
-    start(2, [*line, tmp_path / "parts", "--resume"]).communicate()
-    assert state(tmp_path / "parts") == state(tmp_path / "whole")
+def test_demo_of_several_processes_is_refused(monkeypatch, capsys):
+    """The demo makes its own corpus, which several processes would do over each other."""
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    with pytest.raises(SystemExit):
+        train.main(["--demo"])
+    assert "--demo runs in one process" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

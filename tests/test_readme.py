@@ -1,8 +1,10 @@
-"""What README.md shows is so: its Python runs, and its command lines are understood."""
+"""What README.md shows is so: its Python runs, its command lines are understood, and its loop over
+the rows of Table I may be run again."""
 
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,29 +13,104 @@ import pytest
 
 import train
 
-README = Path(train.__file__).with_name("README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^# with (.*)\n((?s:.*?))(?=^# with |^```)", README, re.MULTILINE)
-LINES = re.findall(r"(?:^|(?<=`))(?:python|torchrun) .*?\.py[^`|#\n]*", README, re.MULTILINE)
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n((?s:.*?))^```", README, re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+LOOP = next(code for _, code in BLOCKS if code.startswith("for seed"))
+LINES = re.findall(
+    r"(?:^|(?<=`)|# then: )((?:python|torchrun) .*?\.py[^`|#\n]*)", README, re.MULTILINE
+)
 LINES += [f"train.py --data x --out x {row}" for row in re.findall(r"\| `(--.* .*)` \|", README)]
 
 
-@pytest.mark.parametrize("files, code", SNIPPETS)
-def test_python(files, code, tmp_path):
-    """Each snippet runs in a folder with only the files that it names, or after train.predict."""
-    above = inspect.getsource(train.predict) if "train.predict" in files else ""
-    for file in re.findall(r"\w+\.py", files):
-        (tmp_path / file).write_text(Path(train.__file__).with_name(file).read_text())
-    subprocess.run([sys.executable, "-c", above + code], cwd=tmp_path, check=True)
+@pytest.fixture(scope="module")
+def demo(corpus, encoder, launch, tmp_path_factory):
+    """A folder as after the demo, tiny, with a table of ratings 1 to 5 of recordings."""
+    root = tmp_path_factory.mktemp("demo")
+    shutil.copytree(corpus, root / "demo/corpus")
+    shutil.copytree(encoder, root / "demo/corpus/encoder")
+    launch(root / "demo/run", "--padding", "exact")
+    shutil.copytree(f"{corpus}/Audios", root / "recordings")
+    rows = ["file,arousal,pleasure,speaker,split"]
+    for i, path in enumerate(sorted((root / "recordings").iterdir())):
+        rows.append(f"{path.name},{1 + i % 5},{5 - i % 4},s{i},{('train', 'dev', 'test')[i % 3]}")
+    (root / "ratings.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0][2:])
+def test_python(code, demo, tmp_path):
+    """Each snippet runs with copies of only those files that it imports and what they import."""
+    for name in re.findall(r"^from (ccc|model|cache|data) import", code, re.MULTILINE):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    for path in demo.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for line in re.findall(r"# then: python (.*)", code):  # a corpus of one's own, to a trained run
+        script, *words = shlex.split(line)
+        if script == "train.py":
+            tiny = f"--model {demo}/demo/corpus/encoder --epochs 1 --batch-size 4 --precision fp32"
+            words += tiny.split()
+        subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, check=True)
+        assert script != "train.py" or (tmp_path / "runs/mine/result.json").exists()
+
+
+def test_predict_batch_alone():
+    """The text of train.predict_batch alone, with any model of a prefix and a suffix."""
+    code = "import torch\nfrom torch.utils.checkpoint import checkpoint\n"
+    code += inspect.getsource(train.predict_batch)
+    code += """
+from types import SimpleNamespace
+model = torch.nn.Linear(16, 2)
+model.suffix = lambda hidden, frames: model(hidden.mean(1))
+args = SimpleNamespace(device="cpu", cached=True, recompute=True)
+chunks = [(torch.randn(4, 9, 16), [9] * 4), (torch.randn(4, 30, 16), [30] * 4)]
+predict_batch(model, chunks, args).var().backward()
+assert model.weight.grad.any()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def run_loop(folder, corpus, encoder):
+    """The shell's expansion of README's loop at tiny size, each line run in this process."""
+    loop = LOOP.replace("0 1 2 3 4", "0 1").replace("MSP-Podcast", corpus)
+    loop = loop.replace("runs/", f"{folder}/runs/").replace("cache/", f"{folder}/cache/")
+    shell = "python() { printf '%s\\n' \"$*\"; }\n" + loop
+    lines = subprocess.check_output(["bash", "-c", shell], text=True).splitlines()
+    for line in lines:
+        script, *words = line.split()
+        assert script == "train.py"
+        tiny = f"--model {encoder} --epochs 1 --batch-size 8 --workers 1 --device cpu"
+        train.main([*words, *tiny.split()])
+    return lines
+
+
+def test_loop(corpus, encoder, tmp_path, capsys):
+    """The loop makes 15 rows of as many runs as seeds; run again, it changes nothing; stats.py makes
+    Table I of it."""
+    import stats
+
+    lines = run_loop(tmp_path, corpus, encoder)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run_loop(tmp_path, corpus, encoder) == lines and len(lines) == 30
+    assert capsys.readouterr().out.count("is finished") == 30
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    stats.main([f"{tmp_path}/runs", "--format", "csv"])
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    assert len(rows) == 15
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_command_lines(line, monkeypatch):
     """Each line has only options that its script knows, in combinations that it takes."""
+    line = re.sub(r"\$[A-Za-z]+", "1", line.replace("$precision", "fp16").replace("$A", "--data x"))
     script, *words = shlex.split(line[re.search(r"\S*\.py", line).start() :])
     module = __import__(Path(script).stem)
     if hasattr(module, "parse_args"):
-        assert module.parse_args(words)
-    else:
+        assert "--demo" in words or module.parse_args(words)
+    elif Path(script).stem != "bench":
         parser, parse = module.argparse.ArgumentParser, module.argparse.ArgumentParser.parse_args
         monkeypatch.setattr(parser, "parse_args", lambda *a: (parse(*a), 1 / 0))
         with pytest.raises(ZeroDivisionError):  # understood, and stopped there

@@ -1,32 +1,42 @@
 """The loop: exact batches in any memory, every row of Table I end to end, resuming to the bit."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import DEPTH, chunked, read_csv, relative, step
+from conftest import DEPTH, read_csv, relative, state, tiny_encoder, tree
 
+import cache
 import ccc
+import data
 import model as models
 import train
 
 ROWS = {
     "full": ["--method", "full"],
     "partial": ["--layers", 2],
-    "frozen": ["--layers", 2, "--freeze-prefix"],
+    "embedding frozen": ["--layers", 2, "--freeze-embedding"],
     "lora": ["--method", "lora"],
     "partial cached": ["--layers", 2],
     "lora cached": ["--method", "lora", "--layers", 2],
 }
 CACHED = {"partial cached": 3, "lora cached": 2}  # of a cache of more layers, and of as many
-FILES = "config.json metrics.jsonl last.pt best.pt predictions-Test1.csv result.json"
-RESULT = """method layers precision padding cached freeze_prefix chunk recompute seed best_epoch dev
-test train_seconds
-    eval_seconds trainable_parameters total_parameters peak_memory_bytes device device_memory_bytes
-    attributes processes cache model versions"""
-LINE = "epoch loss dev train_seconds eval_seconds peak_memory_bytes"
-every_row = pytest.mark.parametrize("name", ROWS)
+FILES = "config.json metrics.jsonl last.pt best.pt predictions-{}.csv result.json .lock"
+# What config.json holds beside the arguments, result.json beside config.json, a line of metrics.
+CONFIG = """cached cache cache_contents corpus labels audio encoder_sha256 processes device versions
+    trainable_parameters total_parameters device_memory_bytes"""
+SPENT = {"train_seconds", "eval_seconds", "peak_memory_bytes"}
+RESULT = {"best_epoch", "dev", "test", "fill_seconds", "out_of_memory"} | SPENT
+JSON = "config", "result"
+THREE = ["--precision", "fp16", "--lr", 1e-3, "--epochs", 3, "--seed", 1]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+every_row = pytest.mark.parametrize("name", ROWS)
+both_paddings = pytest.mark.parametrize("padding", ["paper", "exact"])
 
 
 @pytest.fixture
@@ -39,157 +49,253 @@ def row(cached):
     return options
 
 
-@every_row
-def test_chunks_are_the_whole_batch(name, row, prepare):
-    """In exact padding, dropout off, any chunk size gives the whole batch's predictions, loss and
-    gradients; the whole batch's predictions are the model's, row by row."""
-    made = prepare(*row(name), "--batch-size", 7)
-    model, cached = made.model.eval(), made.args.cached
-    whole = step(model, made.batch, cached=cached)
-    direct = (model.trained if cached else model)(*made.batch[:2])
-    assert len(set(made.batch[1])) == 7  # ragged
-    assert relative(whole["predictions"], direct.detach()) < 1e-6
-    for chunk in (1, 3, 6, 100):
-        assert relative(step(model, made.batch, cached=cached, chunk=chunk), whole) < 1e-5
+def step(made, rows, chunk=None, recompute=False, seed=0):
+    """{name: tensor} of predictions, loss and gradients of a step, and its chunks."""
+    made.args.chunk = chunk
+    made.args.recompute = recompute
+    dataset = made.datasets["Train"]
+    _, chunks = train.load_chunks(dataset, made.args, 0, 1, rows)
+    torch.manual_seed(seed)
+    made.model.zero_grad()
+    predictions = train.predict_batch(made.model, chunks, made.args)
+    loss = (1 - ccc.ccc(predictions, dataset.targets[rows])).mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in models.trainable(made.model).items()}
+    return gradients | {"predictions": predictions.detach(), "loss": loss.detach()}, chunks
 
 
-@pytest.mark.parametrize("padding", ["paper", "exact"])
+@both_paddings
 @every_row
-def test_recompute_changes_nothing(name, padding, row, prepare):
-    """Dropout on, recomputed activations give the same predictions, loss and gradients bitwise."""
+def test_chunks_and_recompute(name, padding, row, prepare):
+    """Dropout off, any chunk size gives the whole batch's predictions, loss and gradients, and
+    those predictions are the model's of the zero-padded batch. Dropout on, recomputing changes no
+    bit. A chunk is padded to its longest, in paper padding to the batch's."""
     made = prepare(*row(name), "--padding", padding, "--batch-size", 7)
-    model = made.model.train()
+    rows = train.batches(made.datasets["Train"], made.args, 1)[0]
+    inputs, lengths, _ = made.batch
+    assert lengths == sorted(set(lengths)) and len(lengths) == 7
+    made.model.eval()
+    whole, _ = step(made, rows)
+    direct = (made.model.suffix if made.args.cached else made.model)(inputs, lengths)
+    assert relative(whole["predictions"], direct.detach()) < 1e-6
+    for chunk in (1, 3, 100):
+        found, chunks = step(made, rows, chunk)
+        assert relative(found, whole) < 1e-5
+        assert [n for _, part in chunks for n in part] == lengths and len(chunks) == -(-7 // chunk)
+        for padded, part in chunks:
+            assert padded.shape[1] == max(lengths if padding == "paper" else part)
+            assert not any(line[n:].any() for line, n in zip(padded, part, strict=True))
+    made.model.train()
     for chunk in (None, 3):
-        how = {"cached": made.args.cached, "chunk": chunk}
-        plain, recomputed = (step(model, made.batch, **how, recompute=r) for r in (False, True))
-        assert not torch.equal(step(model, made.batch, 1, **how)["loss"], plain["loss"])  # dropout
-        assert plain.keys() == recomputed.keys()
-        assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
+        plain, recomputed = (step(made, rows, chunk, again)[0] for again in (False, True))
+        assert not torch.equal(step(made, rows, chunk, seed=1)[0]["loss"], plain["loss"])
+        assert all(torch.equal(recomputed[key], plain[key]) for key in plain)
 
 
 def test_recompute_keeps_nothing(prepare):
     """With --recompute a forward pass keeps less than a hundredth for the backward pass."""
-    made, kept = prepare("--method", "full"), {}
-    for recompute in (False, True):
+    made = prepare("--method", "full")
+    kept = []
+    for made.args.recompute in (False, True):
         tensors = []
         with torch.autograd.graph.saved_tensors_hooks(tensors.append, id):
-            chunks, _ = chunked(made.batch[1], made.batch[0])
-            train.predict(made.model, chunks, "cpu", recompute=recompute)
-        kept[recompute] = sum(tensor.nbytes for tensor in tensors)
-    assert 0 < kept[True] < kept[False] / 100
+            train.predict_batch(made.model, [made.batch[:2]], made.args)
+        kept.append(sum(tensor.nbytes for tensor in tensors))
+    assert 0 < kept[1] < kept[0] / 100
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["full", "partial cached"])
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_evaluation_order(name, chunk, row, prepare):
-    """Read in order of length, in chunks, each utterance gets the prediction that it gets alone, at
-    its own place."""
-    made = prepare(*row(name), "--chunk", chunk, "--batch-size", 5)
-    dataset = made.datasets["Test1"]
-    order = [i for rows, _ in train.make_batches(dataset, made.model, made.args) for i in rows]
-    assert order == sorted(range(8), key=dataset.lengths.__getitem__) != list(range(8))
-    predictions, scores = train.evaluate(made.model, dataset, made.args)
-    single = [[(x[None], [len(x)])] for x, _ in (dataset[i] for i in range(8))]
-    alone = [train.predict(made.model, chunks, "cpu", made.args.cached) for chunks in single]
-    assert relative(predictions, torch.cat(alone)) < 1e-5
-    expected = ccc.ccc(predictions, dataset.targets).tolist()
-    assert list(scores.values()) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_paper_padding_is_zeros(chunk, prepare):
-    """In paper padding each chunk is zero-padded to its longest, in evaluation and training."""
-    made = prepare("--padding", "paper", *(["--chunk", chunk] if chunk else []))
-    dataset = made.datasets["Train"]
-    for epoch in (None, 1):
-        for batch in train.make_batches(dataset, made.model, made.args, epoch):
-            rows, mine, chunks = train.load_batch(dataset, made.args, batch)
-            assert mine == list(range(len(rows))) and len(chunks) == -(-len(rows) // (chunk or 4))
-            for inputs, lengths in chunks:
-                assert inputs.shape == (len(lengths), max(lengths))
-                waves = [dataset[i][0] for i in rows[: len(lengths)]]
-                assert [len(wave) for wave in waves] == lengths
-                for padded, wave in zip(inputs, waves, strict=True):
-                    assert torch.equal(padded[: len(wave)], wave) and not padded[len(wave) :].any()
-                rows = rows[len(lengths) :]
-
-
-def test_training_order(prepare):
+def test_batches(monkeypatch):
     """An epoch's order depends on seed and epoch alone, holds each utterance once, and has no batch
-    of one."""
-    made = prepare()
+    of fewer than two or than processes. A batch goes from short to long by frames, ties by index,
+    so it is the same from a cache. Evaluation keeps all, in paper padding in corpus order."""
+    frames = [5, 4, 4, 9, 2, 4, 7, 7, 1, 3, 4, 6, 8]
+    dataset = type("Lengths", (list,), {"frames": frames})(frames)
 
-    def order(epoch, seed=0, batch_size=4):
-        made.args.seed, made.args.batch_size = seed, batch_size
-        batches = train.make_batches(made.datasets["Train"], made.model, made.args, epoch)
-        return [rows for rows, _ in batches]
+    def order(epoch=None, seed=0, batch_size=4, padding="paper"):
+        sizes = {"batch_size": batch_size, "eval_batch_size": 5}
+        args = SimpleNamespace(seed=seed, padding=padding, **sizes)
+        return train.batches(dataset, args, epoch)
 
     assert order(1) == order(1)
     assert len({str(order(epoch, seed)) for epoch in (1, 2, 3) for seed in (0, 1)}) == 6
-    assert sorted(i for rows in order(1) for i in rows) == list(range(12))
+    assert sorted(i for rows in order(1, batch_size=11) for i in rows) == list(range(13))
+    assert [len(rows) for rows in order(1)] == [4, 4, 4]  # and one is left over
+    for rows in order(1) + order():
+        assert rows == sorted(rows, key=lambda i: (frames[i], i))
+    assert [sorted(rows) for rows in order()] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12]]
+    short = sorted(range(13), key=lambda i: (frames[i], i))
+    assert [i for rows in order(padding="exact") for i in rows] == short
+    monkeypatch.setattr(train, "PROCESSES", 3)
     assert [len(rows) for rows in order(1, batch_size=11)] == [11]
+    assert len(order()) == 3
 
 
-def test_an_epoch(launch, prepare, tmp_path):
-    """An epoch is this loop, to the bit: in train mode, a step of AdamW at 1e-4 on 1 - CCC for each
-    batch, dropout seeded by seed, epoch and process."""
-    launch(tmp_path, "--padding", "exact", "--seed", 3)
-    made = prepare("--seed", 3)
-    trained, dataset = models.trainable(made.model.train()), made.datasets["Train"]
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
-    torch.manual_seed(3001000)
-    for rows, _ in train.make_batches(dataset, made.model, made.args, 1):
-        optimizer.zero_grad()
-        inputs, lengths, targets = train.data.collate([dataset[i] for i in rows])
-        predictions = made.model(inputs, lengths)
-        (1 - ccc.ccc(predictions, targets)).mean().backward()
-        optimizer.step()
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
-    assert saved.keys() == trained.keys()
-    assert all(torch.equal(saved[name], parameter) for name, parameter in trained.items())
+@torch.no_grad()
+@both_paddings
+@pytest.mark.parametrize("name", ["full", "partial cached"])
+def test_evaluation(name, padding, row, prepare):
+    """In paper padding a prediction is the model's in a batch of --eval-batch-size in corpus order,
+    and not what it is alone; in exact padding it is that, for any size. Predictions are in corpus
+    order, CCCs are over all of them, chunks change nothing, and NaN is an error."""
+    made = prepare(*row(name), "--padding", padding, "--eval-batch-size", 3)
+    dataset = made.datasets["Test1"]
+    model = made.model.eval().suffix if made.args.cached else made.model.eval()
+    expected = {}
+    for size in (1, 3, 4):
+        parts = [range(8)[k : k + size] for k in range(0, 8, size)]
+        batches = [data.collate([dataset[i] for i in part]) for part in parts]
+        expected[size] = torch.cat([model(*batch[:2]) for batch in batches])
+    assert (relative(expected[1], expected[3]) < 1e-5) == (padding == "exact")
+    assert (relative(expected[4], expected[3]) < 1e-5) == (padding == "exact")
+    for made.args.chunk in (None, 2):
+        predictions, scores = train.evaluate(made.model, dataset, made.args)
+        assert relative(predictions, expected[3]) < 1e-5
+        assert [*scores.values()] == pytest.approx(lin(expected[3], dataset.targets), abs=1e-4)
+    made.model.head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="predicts NaN"):
+        train.evaluate(made.model, dataset, made.args)
 
 
-def check_run(folder):
+def lin(pred, target):
+    """Lin's CCC of each column, by NumPy."""
+    found = []
+    for x, y in zip(np.asarray(pred, float).T, np.asarray(target, float).T, strict=True):
+        variances = np.var(x) + np.var(y)
+        found.append(2 * np.cov(x, y, ddof=0)[0, 1] / (variances + (x.mean() - y.mean()) ** 2))
+    return found
+
+
+LORA = {"method": "lora", "layers": 2, "rank": 4, "alpha": 2, "lora_dropout": 0.3}
+LORA_OPTIONS = ["--method", "lora", "--layers", 2, "--rank", 4, "--alpha", 2, "--lora-dropout", 0.3]
+LOOPS = {
+    "fp32": (["--layers", 2, "--chunk", 3], {"method": "partial", "layers": 2}, "exact"),
+    "bf16": (["--method", "full"], {"method": "full"}, "paper"),
+    "fp16": (LORA_OPTIONS, LORA, "paper"),
+}
+
+
+@pytest.mark.parametrize("precision", LOOPS)
+def test_two_epochs(precision, corpus, encoder, launch, tmp_path):
+    """Two epochs are this loop, to the bit: in train mode a step of AdamW on 1 - CCC for each batch
+    of seeded order, under autocast and with float16's scaler, dropout seeded by seed and epoch; then
+    an evaluation under autocast. The options decide what they say."""
+    options, row, padding = LOOPS[precision]
+    options = [*options, "--precision", precision, "--padding", padding, "--dropout", 0.4]
+    options += ["--lr", 3e-3, "--seed", 3, "--epochs", 2, "--eval-batch-size", 3]
+    launch(tmp_path, *options)
+    torch.manual_seed(3)
+    loaded, audio = models.load_encoder(encoder)
+    model = models.EmotionModel(loaded, dropout=0.4, padding=padding, **audio)
+    models.freeze(model, **row)
+    trained = models.trainable(model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    half = torch.autocast("cpu", dtype, precision != "fp32")
+    utterances = data.load_corpus(corpus, ["Train", "Development"])
+    training, dev = (
+        data.SpeechDataset([u for u in utterances if u.split == split])
+        for split in ("Train", "Development")
+    )
+
+    def batch(dataset, rows):
+        return data.collate(sorted([dataset[i] for i in rows], key=lambda item: len(item[0])))
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        model.train()
+        rows = torch.randperm(12, generator=torch.Generator().manual_seed(3000 + line["epoch"]))
+        torch.manual_seed(3_000_000 + 1000 * line["epoch"])
+        losses = []
+        for k in (0, 4, 8):
+            wave, lengths, targets = batch(training, rows[k : k + 4].tolist())
+            pieces = [wave] if padding == "paper" else [wave[:3, : lengths[2]], wave[3:]]  # chunks
+            with half:
+                parts = zip(pieces, torch.tensor(lengths).split(len(pieces[0])), strict=True)
+                predictions = torch.cat([model(part, n.tolist()) for part, n in parts])
+            loss = (1 - ccc.ccc(predictions, targets)).mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+        model.eval()
+        order = sorted(range(8), key=lambda i: len(dev[i][0]) * (padding == "exact"))
+        parts = [batch(dev, order[k : k + 3]) for k in (0, 3, 6)]
+        with half, torch.no_grad():
+            predictions = torch.cat([model(wave, lengths) for wave, lengths, _ in parts])
+        expected = lin(predictions, torch.cat([targets for _, _, targets in parts]))
+        assert [*line["dev"].values()] == pytest.approx(expected, abs=1e-5)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert len(lines) == 2 and saved["weights"].keys() == trained.keys()
+    assert all(torch.equal(saved["weights"][name], p) for name, p in trained.items())
+    assert (
+        saved["scaler"] == scaler.state_dict() and len(saved["scaler"]) == 5 * scaler.is_enabled()
+    )
+
+
+def check_run(folder, epochs=1):
     """A run folder has every file and key, and agrees with its predictions -> result.json"""
-    assert {path.name for path in folder.iterdir()} - {".lock"} == set(FILES.split())
-    result, config = (json.loads((folder / f"{f}.json").read_text()) for f in ("result", "config"))
-    (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    assert result.keys() >= set(RESULT.split()) and line.keys() >= set(LINE.split())
-    assert line["dev"] == result["dev"] and line["epoch"] == result["best_epoch"] == 1
-    assert config.items() <= result.items()
-    saved = torch.load(folder / "best.pt", weights_only=True)["weights"]
-    assert result["trainable_parameters"] == sum(weight.numel() for weight in saved.values())
-    n, scores = ccc.score_file(folder / "predictions-Test1.csv")
-    expected = [result["test"][attribute] for attribute in result["attributes"]]
-    assert n == result["test"]["n"]
-    assert sorted(scores.values()) == pytest.approx(sorted(expected), abs=1e-5)
+    config, result = (json.loads((folder / f"{f}.json").read_text()) for f in JSON)
+    split = result["splits"][2]
+    assert {path.name for path in folder.iterdir()} == set(FILES.format(split).split())
+    arguments = vars(train.parse_args(["--data", "x", "--out", "x"])).keys()
+    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume", "why"}
+    assert result.keys() == config.keys() | RESULT and not result["out_of_memory"]
+    assert all(result[key] == config[key] for key in config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.keys() == {"epoch", "loss", "dev"} | SPENT for line in lines)
+    assert [line["epoch"] for line in lines] == [*range(1, epochs + 1)]
+    assert lines[result["best_epoch"] - 1]["dev"] == result["dev"]
+    for key in SPENT:
+        unite = max if key == "peak_memory_bytes" else sum
+        assert result[key] == pytest.approx(unite(line[key] for line in lines)) and result[key] > 0
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    assert saved["epoch"] == result["best_epoch"]
+    assert saved["settings"].items() <= config.items() and "epochs" not in saved["settings"]
+    assert result["trainable_parameters"] == sum(w.numel() for w in saved["weights"].values())
+    rows = read_csv(folder / f"predictions-{split}.csv")
+    columns = [data.ATTRIBUTES[attribute] for attribute in result["attributes"]]
+    assert list(rows[0]) == ["FileName", *columns, *("Emo" + column for column in columns)]
+    cells = [[float(cell) for cell in list(row.values())[1:]] for row in rows]
+    expected = [*lin(*np.split(np.array(cells), 2, axis=1)), len(rows)]
+    assert [*result["test"].values()] == pytest.approx(expected, abs=1e-5)
+    assert list(result["test"]) == [*result["attributes"], "n"]
     return result
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @every_row
-def test_every_row(name, precision, device, row, launch, tmp_path):
-    """Every row of Table I trains in every precision, on a GPU in chunks with recomputation, and
-    writes its whole run folder, consistent in itself."""
-    options = [*row(name), "--precision", precision, "--seed", 3, "--device", device]
-    exact = ["--padding", "exact", "--chunk", 2, "--recompute"] if device == "cuda" else []
-    launch(tmp_path, *options, *exact)
-    result = check_run(tmp_path)
-    assert (result["precision"], result["seed"], result["test"]["n"]) == (precision, 3, 8)
-    assert result["method"] == name.replace("frozen", "partial").split()[0]
-    assert result["layers"] == (DEPTH if name in ("full", "lora") else 2)
-    assert result["cached"] == (result["cache"] is not None) == ("cached" in name)
-    assert result["freeze_prefix"] == ("cached" in name or name == "frozen")
-    assert device == "cpu" or result["device"] == torch.cuda.get_device_name()
+def test_every_row(name, device, row, corpus, encoder, tmp_path):
+    """Every row of Table I trains and writes its whole run folder, consistent in itself; by default
+    on a GPU in float16 with its scaler, in chunks and recomputed, too."""
+    line = ["--data", corpus, "--model", encoder, "--batch-size", 4, "--epochs", 1, *row(name)]
+    line += ["--device", device, "--seed", 3]
+    for more in [[], ["--padding", "exact", "--chunk", 2, "--recompute"]][: 1 + (device == "cuda")]:
+        folder = tmp_path / f"run{len(more)}"
+        train.main([str(option) for option in [*line, *more, "--out", folder]])
+        result = check_run(folder)
+        assert (result["seed"], result["test"]["n"], result["processes"]) == (3, 8, 1)
+        assert result["method"] == name.replace("embedding", "partial").split()[0]
+        assert result["layers"] == (DEPTH if name in ("full", "lora") else 2)
+        assert result["cached"] == ("cached" in name) == (result["audio"] is None)
+        assert result["cache"] == (f"cut {5 - CACHED[name]}, float32" if name in CACHED else None)
+        assert result["freeze_embedding"] == ("cached" in name or name == "embedding frozen")
+        uncached = {result[key] is None for key in ("cache_contents", "fill_seconds", "cache")}
+        assert uncached == {"cached" not in name}
+        scaler = torch.load(folder / "last.pt", weights_only=True)["scaler"]
+        precision = train.choose_precision(device)[0]
+        assert result["precision"] == precision and bool(scaler) == (precision == "fp16")
+        assert device == "cpu" or result["device"] == torch.cuda.get_device_name()
 
 
 def test_best_epoch(launch, tmp_path, monkeypatch):
-    """Test1 is scored once, with the weights of the epoch whose mean Development CCC is highest,
-    the first of equals; neither one attribute nor the last epoch decides."""
-    scripted = iter([(0.6, 0.1), (0.2, 0.6), (0.3, 0.5), (0.7, 0.0)])
-    calls, evaluate = [], train.evaluate
+    """The test split is scored once, with the weights of the epoch whose mean Development CCC is
+    highest, the first of equals; neither one attribute nor the last epoch decides."""
+    scripted = iter([(0.6, 0.1), (0.3, 0.5), (0.2, 0.6), (0.7, 0.0)])
+    calls = []
+    evaluate = train.evaluate
 
     def with_script(model, *args):
         predictions, scores = evaluate(model, *args)
@@ -198,8 +304,8 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", with_script)
     launch(tmp_path, "--epochs", 4, "--lr", 0.01)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["best_epoch"], result["dev"]) == (2, {"activation": 0.2, "valence": 0.6})
+    result = check_run(tmp_path, 4)
+    assert (result["best_epoch"], result["dev"]) == (2, {"activation": 0.3, "valence": 0.5})
     saved = torch.load(tmp_path / "best.pt", weights_only=True)["weights"]
     assert len(calls) == 5 and saved.keys() == calls[1].keys()
     for name, weight in calls[1].items():
@@ -207,21 +313,187 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
     assert not torch.equal(calls[3]["head.weight"], calls[1]["head.weight"])
 
 
-def test_attributes(corpus, launch, tmp_path):
-    """--attributes dominance valence: two columns in that order, in scores, weights, predictions,
-    which hold the split in corpus order with its labels. One attribute is enough."""
-    launch(tmp_path / "two", "--attributes", "dominance", "valence", "--padding", "exact")
-    result = check_run(tmp_path / "two")
-    assert list(result["dev"]) == ["dominance", "valence"] == result["attributes"]
-    rows, labels = read_csv(tmp_path / "two" / "predictions-Test1.csv"), {}
-    for row in read_csv(f"{corpus}/Labels/labels_consensus.csv"):
-        if row["Split_Set"] == "Test1":
-            labels[row["FileName"]] = [float(row["EmoDom"]), float(row["EmoVal"])]
-    assert list(rows[0]) == ["FileName", "Dom", "Val", "EmoDom", "EmoVal"]
-    assert [row["FileName"] for row in rows] == list(labels)
-    for row, expected in zip(rows, labels.values(), strict=True):
-        assert [float(row["EmoDom"]), float(row["EmoVal"])] == pytest.approx(expected, abs=1e-5)
+@pytest.fixture
+def other_corpus(corpus, tmp_path):
+    """other_corpus(change) -> a copy of the corpus, of whose rows {column: cell} change made others."""
+
+    def make(change):
+        root = tmp_path / "other"
+        shutil.copytree(corpus, root, dirs_exist_ok=True)
+        path = root / "Labels" / "labels_consensus.csv"
+        rows = change(read_csv(path))
+        lines = [",".join(cells) for cells in [rows[0].keys(), *(row.values() for row in rows)]]
+        path.write_text("\n".join(lines) + "\n")
+        return root
+
+    return make
+
+
+def test_attributes_scale_and_splits(other_corpus, launch, tmp_path):
+    """--attributes, --scale and --splits decide columns, units and names: the same labels on
+    another scale give the same run, its predictions on that scale, the third split in corpus order
+    with its labels. One attribute is enough."""
+
+    def shrink(rows):
+        for row in rows:
+            row |= {key: repr(1 + 4 / 6 * (float(row[key]) - 1)) for key in ("EmoDom", "EmoVal")}
+        return rows
+
+    line = ["--attributes", "valence", "dominance", "--splits", "Train", "Test1", "Development"]
+    launch(tmp_path / "seven", *line)
+    root = other_corpus(shrink)
+    launch(tmp_path / "five", *line, "--data", root, "--scale", 1, 5)
+    assert list(check_run(tmp_path / "five")["dev"]) == ["valence", "dominance"]
+    name = "predictions-Development.csv"
+    seven, five = (read_csv(tmp_path / run / name) for run in ("seven", "five"))
+    labels = read_csv(root / "Labels" / "labels_consensus.csv")[12:20]
+    for before, after, label in zip(seven, five, labels, strict=True):
+        assert after["FileName"] == label["FileName"]
+        for key in ("Val", "Dom"):
+            scaled = 1 + 4 / 6 * (float(before[key]) - 1)
+            assert float(after[key]) == pytest.approx(scaled, abs=1e-4) != float(before[key])
+            assert float(after[f"Emo{key}"]) == pytest.approx(float(label[f"Emo{key}"]), abs=1e-5)
     launch(tmp_path / "one", "--attributes", "activation")
     assert list(check_run(tmp_path / "one")["test"]) == ["activation", "n"]
-    saved = torch.load(tmp_path / "one" / "best.pt", weights_only=True)["weights"]
-    assert saved["head.weight"].shape[0] == 1
+
+
+# ---- killed, resumed, prolonged, finished ----
+
+
+class Killed(BaseException):
+    """As a kill, nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """A finished run of three epochs. Meanwhile Development says 1, 0 and 2 of them, so that the
+    best one is not always the last, and at the end another than before."""
+    train_epoch = train.train_epoch
+    evaluate = train.evaluate
+    epochs = []
+
+    def noting(*args):
+        epochs.append(args[-1])
+        return train_epoch(*args)
+
+    def scripted(model, dataset, args):
+        predictions, scores = evaluate(model, dataset, args)
+        if dataset.utterances[0].split == "Development":
+            scores = dict.fromkeys(scores, (None, 1.0, 0.0, 2.0)[epochs[-1]])
+        return predictions, scores
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_epoch", noting)
+        patch.setattr(train, "evaluate", scripted)
+        folder = tmp_path_factory.mktemp("whole")
+        launch(folder, *THREE)
+        assert check_run(folder, 3)["best_epoch"] == 3
+        yield folder
+
+
+POINTS = ["config.json 1", "last.pt 1", "best.pt 1", "last.pt 3", "best.pt 3", "metrics.jsonl 3"]
+POINTS += ["predictions-Test1.csv 1", "result.json 1", "last.pt 3 memory"]
+POINTS += ["config.json 1 prolonged", "last.pt 2 prolonged", "best.pt 2 prolonged"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_and_resumed(point, whole, launch, tmp_path, monkeypatch):
+    """Killed before any of its writes and resumed, a run ends bitwise as the undisturbed one, with
+    float16's scaler; so does a finished run of two epochs that is prolonged and killed in that, and
+    one that was out of memory, as its result.json says until then."""
+    name, n, *how = point.split()
+    written = []
+    atomic = cache.atomic
+
+    def kill(path, *mode):
+        written.append(Path(path).name)
+        if written[-1] == name and written.count(name) == int(n):
+            raise RuntimeError("can't allocate memory") if how == ["memory"] else Killed
+        return atomic(path, *mode)
+
+    if how == ["prolonged"]:
+        launch(tmp_path, *THREE, "--epochs", 2)
+    with monkeypatch.context() as patch, pytest.raises((Killed, MemoryError)):
+        patch.setattr(cache, "atomic", kill)
+        launch(tmp_path, *THREE, "--resume")
+    if how == ["memory"]:
+        config, result = (json.loads((tmp_path / f"{f}.json").read_text()) for f in JSON)
+        assert result.keys() == {*config, "out_of_memory", "peak_memory_bytes"}
+        assert result["out_of_memory"]
+    else:
+        assert not (tmp_path / "result.json").exists()
+    launch(tmp_path, *THREE, "--resume")
+    assert state(tmp_path) == state(whole)
+    check_run(tmp_path, 3)
+
+
+CHANGES = """lr 0.02, dropout 0.1, epochs 2, batch_size 6, eval_batch_size 3, precision bf16, chunk 2,
+    padding exact, recompute, seed 3, attributes valence activation, splits Train Test1 Development,
+    scale 1 7.5, layers 2, freeze_embedding, method lora, cached --cache nowhere, audio --data longer,
+    labels --data other, encoder_sha256 --model encoder, corpus --data fewer"""
+
+
+def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, monkeypatch):
+    """A run, finished or not, continues with --resume alone, and with nothing changed that its
+    numbers come from; the refusal names what, and leaves the folder to the byte."""
+    monkeypatch.chdir(tmp_path)
+    other_corpus(lambda rows: rows[1:]).rename("fewer")
+    wave, rate = soundfile.read("fewer/Audios/DEMO_0001_0000.wav")
+    other_corpus(lambda rows: rows).rename("longer")
+    soundfile.write("longer/Audios/DEMO_0001_0000.wav", np.append(wave, 0), rate)
+    other_corpus(lambda rows: [{**rows[0], "EmoAct": "4"}, *rows[1:]])
+    encoder = tiny_encoder()
+    encoder.encoder.layers[0].final_layer_norm.bias.data += 1e-3
+    encoder.save_pretrained("encoder")
+    models.transformers.Wav2Vec2FeatureExtractor().save_pretrained("encoder")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(whole, unfinished)
+    (unfinished / "result.json").unlink()
+    before = tree(whole), tree(unfinished)
+    for change in CHANGES.split(","):
+        key, *values = change.split()
+        option = [] if "--" in change else [f"--{key.replace('_', '-')}"]
+        for folder in (whole, unfinished) if key in ("lr", "audio", "epochs") else (whole,):
+            with pytest.raises(ValueError, match=f"is of a run with (.*; )?{key} "):
+                launch(folder, *THREE, "--resume", *option, *values)
+    for folder in (whole, unfinished):
+        with pytest.raises(ValueError, match="holds a run; --resume continues it"):
+            launch(folder, *THREE)
+    assert (tree(whole), tree(unfinished)) == before and not (tmp_path / "nowhere").exists()
+
+
+def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
+    """--resume of a finished run, also from another place of its corpus, shows its result and
+    touches nothing: no file of it, nor its cache, even where that is gone. A predictions file alone
+    makes no run finished. An unfinished one does not go on from a cache of other states."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "predictions-Test1.csv").write_text("FileName,Act,Val,EmoAct,EmoVal\n")
+    launch(run, "--cache", tmp_path / "cache")
+    check_run(run)
+    (shard,) = (torch.load(path) for path in tmp_path.glob("cache/shard-*"))
+    shutil.rmtree(tmp_path / "cache")
+    shutil.copytree(corpus, tmp_path / "moved")
+    before = tree(tmp_path)
+    again = ["--cache", tmp_path / "cache", "--data", tmp_path / "moved", "--resume"]
+    capsys.readouterr()
+    launch(run, *again, "--workers", 2)
+    assert f"'{run}' is finished" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+    (run / "result.json").unlink()
+    states = [2 * hidden for hidden in shard["hidden"].split(shard["frames"])]
+    items = zip(shard["names"], states, shard["audio"], strict=True)
+    cache.fill(tmp_path / "cache", shard["fingerprint"], items)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="run with cache_contents"):
+        launch(run, *again)
+    assert tree(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite(launch, tmp_path, monkeypatch):
+    """Training ends with the step and the batch's utterances where the loss is no number."""
+    monkeypatch.setattr(train, "ccc_loss", lambda pred, target: pred.sum() * torch.nan)
+    with pytest.raises(
+        ValueError, match="epoch 1, step 1: the loss is nan.*( DEMO_000._000..wav){4}"
+    ):
+        launch(tmp_path)
