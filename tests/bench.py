@@ -1,22 +1,27 @@
 """Which row of Table I should I run on this machine, and what will it cost? Random weights of
-wav2vec2-base, lengths like MSP-Podcast's, and train.train_epoch itself.
+wav2vec2-base, its own dropouts, lengths like MSP-Podcast's, and train.train_epoch itself.
 
-    python tests/bench.py --quick    # rows, cache and loop; without --quick more of each
-    python tests/bench.py --rows "full fp32,recommended mixed" --batch 8    # these rows only
+    python tests/bench.py --quick    # the rows that README compares; without --quick all, the cache, the loop
+    python tests/bench.py --rows "full fp32,recommended mixed" --batch 32    # these rows only
     python tests/bench.py --memory 11 48    # Table II: what fits; a CPU needs 34 GB, and no caps
 
-Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole, a
-CPU the --batch longest of each chunk (which is padded to its longest), and the time is scaled up.
+Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole. A
+CPU runs of each chunk only every k-th utterance, the longest included, so that --batch of them (4)
+remain, padded as the chunk is; what the step takes but for the optimizer is scaled up, and the
+optimizer added. --batch 32 runs all: compare, to see what scaling is worth.
 s/step: median of several after the first, without waiting for data. hours: 5 epochs over Train of
 MSP-Podcast. peak GB: where all is run. of rate: arithmetic over the rate of a large matrix product
-just after (convolutions in TF32 may pass 1); useful: without that on padding. waiting: for data, a
-share of the time after the first step.
+just after (convolutions in TF32 may pass 1); useful: without that on padding. products, attention,
+random, optimizer, other: shares of the time of a profiled step; attention is its batched products
+and softmax, random the numbers of all dropouts. waiting: for data, a share of the time after the
+first step.
 """
 
 import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,12 +29,14 @@ import timeit
 import warnings
 from collections import UserList
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import soundfile
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification, Wav2Vec2Model, logging
 
@@ -58,9 +65,14 @@ METHODS = {  # options of train.py, whose default precision is mixed
 }
 ROWS = {f"{method} fp32": f"{line} --precision fp32" for method, line in METHODS.items()}
 ROWS |= {f"{method} mixed": line for method, line in METHODS.items()}
-QUICK = ["full fp32", "partial 3 fp32", "cached 3 fp32", "recommended fp32", "recommended mixed"]
+QUICK = ["full fp32", "full mixed", "partial 3 fp32", "partial 3 mixed"]
+QUICK += ["cached 3 fp32", "cached 3 mixed", "recommended fp32", "recommended mixed"]
 TABLE_2 = ["full fp32", "full chunked recomputed fp32", "full mixed"]
 TABLE_2 += ["partial 3 fp32", "partial 3 mixed", "lora fp32"]
+# what PyTorch's operators do, the first that matches; all else is "other"
+GROUPS = {"attention": "bmm|softmax|attention", "products": "mm$|addmm|conv"}
+GROUPS |= {"random": "bernoulli|dropout", "optimizer": "adamw", "other": ""}
+EPOCH = [("Train", 1), ("Development", None)]
 PEERS = ["full fp32", "peer full fp32", "lora fp32", "peer lora fp32"]
 
 
@@ -117,6 +129,21 @@ def run_epochs(args, model, dataset, n=1):
     return np.array(steps).T
 
 
+def profile_step(args, model, dataset):
+    """Seconds of a step's operators, by GROUPS."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (args.device == "cuda")]
+    with profile(activities=kinds) as profiler:
+        run_epochs(args, model, dataset)
+    for event in profiler.key_averages():
+        group = next(name for name, words in GROUPS.items() if re.search(words, event.key))
+        cuda = args.device == "cuda"
+        seconds[group] += (
+            event.self_device_time_total if cuda else event.self_cpu_time_total
+        ) / 1e6
+    return seconds
+
+
 def run_row(row, n, cap):
     """Figures of a row, n utterances a chunk; with a cap of GB, for Table II, the longest 11 s."""
     args, model = build(row)
@@ -127,16 +154,19 @@ def run_row(row, n, cap):
         share = cap * 1e9 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     chunks = (chunks - 80) // 320 if args.cached else chunks  # in frames
-    kept = chunks[:, -n:]
+    kept = chunks[:, ::-1][:, :: max(1, chunks.shape[1] // n)][:, ::-1]
     args.batch_size, args.chunk = kept.size, kept.shape[1]
     noise = UserList((torch.randn(length, *width), torch.rand(2)) for length in kept.flat)
     noise.lengths = noise.frames = kept.ravel().tolist()
     noise.targets = torch.rand(kept.size, 2)
     _, works = run_epochs(args, model, noise, 11 if cuda else 4)  # of one step each
-    seconds = np.median(works[1:]) * chunks.size / kept.size
+    peak = train.peak_memory(args.device) / 1e9 if kept.size == chunks.size else None
+    parts = profile_step(args, model, noise)
+    scale = chunks.size / kept.size
+    seconds = (np.median(works[1:]) - parts["optimizer"]) * scale + parts["optimizer"]
     line = {"row": row, "s/step": seconds, "hours": seconds * TRAIN / BATCH * 5 / 3600}
-    line["peak GB"] = train.peak_memory(args.device) / 1e9 if kept.size == chunks.size else None
-    side = 8192 if cuda else 512
+    line["peak GB"] = peak
+    side = 8192 if cuda else 1024
     a = torch.randn(side, side, device=args.device, dtype=train.PRECISIONS[args.precision])
     rate = 2 * side**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=10))
     model = build(row, "meta")[1].train()  # to count its arithmetic, recomputation not twice
@@ -144,11 +174,14 @@ def run_row(row, n, cap):
     both = lambda gradient, x, weight, *_, **__: 2 * conv_flop_count(x, weight, gradient)
     rule = {torch.ops.aten.convolution_backward: both}
     batch = [(torch.empty(len(c), c[-1], *width, device="meta"), c) for c in chunks.tolist()]
-    with FlopCounterMode(display=False, custom_mapping=rule) as counter:
+    none = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # nor has meta one
+    with FlopCounterMode(display=False, custom_mapping=rule) as counter, none:
         args.device, args.recompute = "meta", False
         train.predict_batch(model, batch, args).sum().backward()
     share = counter.get_total_flops() / seconds / rate
-    return line | {"of rate": share, "useful": share * chunks.mean() / chunks[:, -1].mean()}
+    line |= {"of rate": share, "useful": share * chunks.mean() / chunks[:, -1].mean()}
+    parts = {name: x * (1 if name == "optimizer" else scale) for name, x in parts.items()}
+    return line | {name: x / sum(parts.values()) for name, x in parts.items()}
 
 
 def measure_rows(rows, n, caps):
@@ -224,17 +257,81 @@ def measure_processes(folder):
         yield {"row": row, "processes": n, "s/step": seconds}
 
 
+def prepare_scale(folder, n):
+    """A corpus of n utterances, its labels made up, its audio linked to four files; an encoder."""
+    (folder / "Audios").mkdir()
+    (folder / "Labels").mkdir()
+    for i, samples in enumerate(spread(4)):
+        noise = np.random.default_rng(i).uniform(-0.1, 0.1, samples)
+        soundfile.write(folder / f"{i}.wav", noise, RATE)
+    rows = ["FileName,EmoAct,EmoVal,SpkrID,Split_Set"]
+    for i in range(n):
+        name, split = f"{i:06}.wav", data.SPLITS[max(0, i % 5 - 2)]  # three fifths are Train
+        (folder / "Audios" / name).symlink_to(folder / f"{i % 4}.wav")
+        rows.append(f"{name},{1 + i // 5 % 7},{1 + i // 7 % 7},{i % 999},{split}")
+    (folder / "Labels/labels_consensus.csv").write_text("\n".join(rows))
+    data.write_encoder(folder / "encoder", width=8, channels=8)
+
+
+def run_step(step, folder):
+    """One step at scale: seconds and peak memory. "start" is all of train.py until the first batch
+    from the cache is there, "epoch" what an epoch does beside the model, reading and writing."""
+    line = f"--data {folder} --model {folder}/encoder --cache {folder}/cache --out {folder}/run"
+    args = train.parse_args([*line.split(), "--precision", "fp32"])
+    seconds = {}
+
+    def fit(args, _, datasets, *__):
+        train_split = datasets["Train"]
+        order = train.batches(train_split, args, 1)
+        train.load_chunks(train_split, args, 0, 1, order[0])
+        seconds["start"] = timeit.default_timer() - start
+        batches = [train.batches(datasets[split], args, epoch) for split, epoch in EPOCH]
+        everything = sum(len(batch) for part in batches for batch in part)
+        predictions = torch.rand(everything, 2)
+        train.ccc(predictions, predictions)
+        seconds["epoch"] = timeit.default_timer() - start - seconds["start"]
+
+    start = timeit.default_timer()
+    if step == "check":
+        data.main([str(folder)])
+    elif step == "fill":
+        model = models.build(*models.load_encoder(args.model), vars(args))
+        utterances = data.load_corpus(folder, data.SPLITS)
+        fingerprint, lacking = cache.look(args.cache, model, utterances, None)
+        start = timeit.default_timer()
+        cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in lacking))
+    elif step == "entries":
+        cache.read_entries(args.cache)
+    else:
+        with mock.patch.object(train, "fit", fit):
+            train.run(args)
+    took = timeit.default_timer() - start
+    peak = train.peak_memory("cpu") / 1e9
+    return [{"step": k, "s": x, "peak GB": peak} for k, x in (seconds or {step: took}).items()]
+
+
+def measure_scale(folder, n):
+    """Steps at the size of MSP-Podcast 2.0, each in a process of its own."""
+    prepare_scale(folder, n)
+    for step in ("check", "fill", "entries", "start and epoch"):
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+            yield from (
+                {"utterances": n} | line for line in pool.submit(run_step, step, folder).result()
+            )
+
+
 def main(argv=None):
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch", type=int, help="utterances of each chunk that are run: all on CUDA; 1 on a CPU")
+    add("--batch", type=int, help="utterances of each chunk that are run: all on CUDA; 4 on a CPU")
     add("--rows", type=lambda x: x.split(","), help=f"these only, of: {', '.join(ROWS)}")
     add("--quick", action="store_true", help="fewer rows and figures")
     add("--json", metavar="FILE", help="write the figures there, too, a JSON object a line")
     add("--memory", type=float, nargs="*", metavar="GB", help="peaks; CUDA: caps (11 48)")
     add("--peers", action="store_true", help="Hugging Face's step and PEFT's beside ours")
+    add("--scale", type=int, metavar="N", help="steps of a corpus of N utterances, without a model")
     add("--processes", action="store_true", help="two processes beside one")
     options = parser.parse_args(argv)
     if options.device == "cpu":
@@ -246,13 +343,19 @@ def main(argv=None):
         parser.error("unknown rows (see --help), or caps for --memory without CUDA")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     logging.disable_progress_bar()
-    n = options.batch or (BATCH if cuda or options.memory is not None else 1)
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's own lines, in the processes that follow
+    n = options.batch or (BATCH if cuda or options.memory is not None else 4)
     caps = [None] if options.memory is None else [np.inf, *options.memory]
     parts = [[{"device": device, "torch": torch.__version__}]]
     with tempfile.TemporaryDirectory() as name, open(options.json or os.devnull, "w") as file:
         folder = Path(name)
-        parts += [measure_processes(folder) if options.processes else measure_rows(rows, n, caps)]
-        if not (options.processes or options.rows or named):
+        if options.scale:
+            parts += [measure_scale(folder, options.scale)]
+        elif options.processes:
+            parts += [measure_processes(folder)]
+        else:
+            parts += [measure_rows(rows, n, caps)]
+        if not (options.scale or options.processes or options.rows or named):
             parts += [measure_data(folder, cuda, options.quick)]
         for line in itertools.chain(*parts):
             line = {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in line.items()}
