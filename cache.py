@@ -244,7 +244,8 @@ def complete(folder, model, utterances, args, dtype=None):
     _, missing = look(folder, model, utterances[process::processes], dtype)
     if not missing:
         return
-    missing = data.usable(missing, model.sample_rate, args.skip_bad)
+    rate = model.sample_rate
+    missing = data.usable(missing, rate, args.skip_bad)
     with lock(folder, f".lock-{process}", f"shard-{process}-*.tmp", wait=True):
         fingerprint, missing = look(folder, model, missing, dtype)
         frames = sum(model.frames(u.samples) for u in missing)
@@ -253,9 +254,7 @@ def complete(folder, model, utterances, args, dtype=None):
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > free:
             raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        loaded = data.read_ahead(
-            lambda u: read_recording(u, model.sample_rate), missing, args.workers
-        )
+        loaded = data.read_ahead(lambda u: read_recording(u, rate), missing, args.workers)
         bar = tqdm(loaded, "fill", len(missing), leave=False, disable=None)
         fill(folder, fingerprint, encode(model, bar, args.device), process)
 

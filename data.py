@@ -266,8 +266,7 @@ def require(utterances, splits):
             raise ValueError(f"{size} usable utterances in {split}; see --splits")
 
 
-# The suffixes of audio. What only ffmpeg reads, in the second line, is found as well, and then
-# refused by name: left out silently, it would be missed.
+# The second line is audio that only ffmpeg reads: it is found, and then refused by name.
 SUFFIXES = (
     ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aifc .aiff .au .snd .caf .w64 .rf64"
     " .m4a .m4b .mp2 .mp4 .aac .webm .mka .amr .3gp .wma .ac3 .ape .wv .spx .sph .voc .tta .mpc"
@@ -275,8 +274,7 @@ SUFFIXES = (
 
 
 def walk(top):
-    """Paths of all files in a folder and below, sorted. Links are followed, but to no folder twice,
-    because a link may lead back to where it is."""
+    """Paths of a folder's files. Links are followed, but to no folder twice: one may lead back."""
     seen = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         place = os.path.realpath(folder)
@@ -320,9 +318,8 @@ CONTAINERS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG",
 # What libsndfile notes of a header that claims other sizes than its file has. A writer into a pipe
 # cannot know them: ffmpeg claims 2**32 - 1, SoX about 2**31. Such sound ends with its file.
 CLAIM = re.compile(
-    r"^ *(?:data|SSND|riff|Riff size|Data Size) *: "
-    r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)",
-    re.MULTILINE,
+    r"(?m)^ *(?:data|SSND|riff|Riff size|Data Size) *: "
+    r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)"
 )
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
 TRUNCATED = "truncated; fetch it again"
@@ -398,8 +395,8 @@ def read_blocks(sound, file, start=0.0, stop=None):
     tolerance = 0.1 * rate + 0.01 * samples
     if sound.frames - samples > tolerance:
         raise ValueError(TRUNCATED)
-    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate.
-    # A tag, of title and artist, is no sound that was left.
+    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate:
+    # sound is left behind the end. A tag, of title and artist, is no sound.
     decoded = file.tell()  # bytes
     rest = file.read()
     tagged = rest.startswith((b"TAG", b"APETAGEX"))
@@ -508,7 +505,7 @@ def new_folder(path):
     """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
     something already."""
     path = Path(path).absolute()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
+    if path.is_file() or any(path.glob("*")):
         raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
