@@ -23,9 +23,8 @@ import os
 import shutil
 import time
 import zlib
-from functools import partial
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -79,29 +78,32 @@ def fill(folder, fingerprint, items, process=0):
         shard.append((name, hidden, recording))
         size += hidden.nbytes
         if size >= SHARD_BYTES:
-            write_shard(folder, fingerprint, shard, process, time.perf_counter() - start)
+            write_shard(folder, fingerprint, shard, process, start)
             shard = []
             size = 0
             start = time.perf_counter()
     if shard:
-        write_shard(folder, fingerprint, shard, process, time.perf_counter() - start)
+        write_shard(folder, fingerprint, shard, process, start)
 
 
-def write_shard(folder, fingerprint, items, process, seconds):
+def write_shard(folder, fingerprint, items, process, start):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them."""
+    known about them. `start` is when the making of the first began."""
     names, hidden, recordings = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
         "names": list(names),
         "frames": [len(states) for states in hidden],
-        "checksums": [checksum(fingerprint, *pair) for pair in zip(names, hidden, strict=True)],
+        "checksums": [checksum(fingerprint, name, states) for name, states, _ in items],
         "audio": list(recordings),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
-    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
-    with atomic(next(path for path in paths if not path.exists())) as file:
+    for number in itertools.count():  # the first number that is free; nothing is written over
+        path = Path(folder, f"shard-{process}-{number:05}.pt")
+        if not path.exists():
+            break
+    with atomic(path) as file:
         torch.save(content, file)
 
 
@@ -113,15 +115,14 @@ def checksum(fingerprint, name, hidden):
 
 
 def open_shard(path):
-    """A shard's content, its hidden states mapped and not read. Only tensors and plain values are
-    unpickled. ValueError if it is damaged."""
+    """A shard's content, its hidden states mapped and not read, and as `rows` the lists that it
+    holds, side by side. Only tensors and plain values are unpickled. ValueError if it is damaged."""
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
-        lists = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        whole = len({len(values) for values in lists}) == 1
+        columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
+        shard["rows"] = list(zip(*columns, strict=True))  # a row an utterance
         fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
-        known = shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES
-        if not (whole and fits and known):
+        if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
             raise ValueError("its lists are not of what it holds")
     except OSError:
         raise  # It names its file itself.
@@ -135,19 +136,18 @@ def read_entries(folder):
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
     entries = {}
     fingerprint = None
-    seconds = {}  # {process: seconds}. As processes fill side by side, it takes the longest.
+    seconds = Counter()  # of each process. As they fill side by side, filling takes the longest.
     for path in sorted(Path(folder).glob("shard-*.pt")):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
             raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
         start = 0
-        columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        for name, frames, check, recording in zip(*columns, strict=True):
+        for name, frames, check, recording in shard["rows"]:
             entries[name] = Entry(str(path), start, frames, check, recording)
             start += frames
         process = path.name.split("-")[1]
-        seconds[process] = seconds.get(process, 0.0) + shard["seconds"]
+        seconds[process] += shard["seconds"]
     return entries, fingerprint, max(seconds.values(), default=0.0)
 
 
@@ -157,13 +157,13 @@ class CachedDataset:
     entries : of read_entries
     utterances : objects with name, and labels, A floats on 0 to 1
 
-    `lengths` are in frames. ValueError where an utterance is lacking or, at its reading, damaged.
+    `lengths` are in frames. ValueError where an utterance is missing or, at its reading, damaged.
     """
 
     def __init__(self, entries, utterances):
-        lacking = [u.name for u in utterances if u.name not in entries]
-        if lacking:
-            raise ValueError(f"the cache lacks {len(lacking)} utterances, '{lacking[0]}' first")
+        missing = [u.name for u in utterances if u.name not in entries]
+        if missing:
+            raise ValueError(f"the cache lacks {len(missing)} utterances, '{missing[0]}' first")
         self.utterances = utterances
         self.entries = [entries[u.name] for u in utterances]
         self.lengths = [entry.frames for entry in self.entries]
@@ -233,59 +233,65 @@ def complete(folder, model, utterances, args, dtype=None):
     """Fill what a cache lacks of this process's share of some utterances, and set the model's cut to
     the cache's. ValueError where the folder is no cache, or none that the model can be trained from.
 
-    The share is by position in the corpus, so that processes which look at different moments leave
-    no gap. The folder is looked at before it is locked, as a complete cache may be read-only, and
-    again behind the lock, as another run may have filled it meanwhile.
+    The folder is looked at twice. First without a lock, which would write into it: a complete cache
+    may be read-only. Then behind the lock, as another run may have filled it while this one waited.
     """
     import data  # the commands' own need, not the part to copy
 
-    rank, processes = process_numbers()
-    _, lacking = look(folder, model, utterances[rank::processes], dtype)
-    if not lacking:
+    process, processes = process_numbers()
+    # A share is by position in the corpus, and not in what is missing now: processes that look at
+    # different moments so leave no gap between them.
+    _, missing = look(folder, model, utterances[process::processes], dtype)
+    if not missing:
         return
-    lacking = data.usable(lacking, model.sample_rate, args.skip_bad)
-    with lock(folder, f".lock-{rank}", f"shard-{rank}-*.tmp", wait=True):
-        fingerprint, lacking = look(folder, model, lacking, dtype)
-        frames = sum(model.frames(u.samples) for u in lacking)
+    rate = model.sample_rate
+    missing = data.usable(missing, rate, args.skip_bad)
+    with lock(folder, f".lock-{process}", f"shard-{process}-*.tmp", wait=True):
+        fingerprint, missing = look(folder, model, missing, dtype)
+        frames = sum(model.frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
         free = shutil.disk_usage(folder).free
-        print(f"'{folder}' lacks {len(lacking):,} utterances, {size / 1e9:.3g} GB", flush=True)
+        print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > free:
             raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        loaded = data.read_ahead(partial(read_recording, model.sample_rate), lacking, args.workers)
-        bar = tqdm(loaded, "fill", len(lacking), leave=False, disable=None)
-        fill(folder, fingerprint, encode(model, bar, args.device), rank)
+        loaded = data.read_ahead(lambda u: read_recording(u, rate), missing, args.workers)
+        bar = tqdm(loaded, "fill", len(missing), leave=False, disable=None)
+        fill(folder, fingerprint, encode(model, bar, args.device), process)
 
 
 def look(folder, model, utterances, dtype):
-    """The fingerprint of a folder for a model, whose cut becomes the folder's, and what it lacks of
-    some utterances. A folder with shards keeps its cut and dtype; a new one gets the model's cut and
-    float16."""
+    """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
+    those of some utterances that are missing. The model's cut becomes the folder's.
+
+    A folder with shards keeps its own cut and dtype. A new one gets the model's cut and float16.
+    """
     entries, found, _ = read_entries(folder)
-    foreign = [] if found or not os.path.isdir(folder) else os.listdir(folder)
-    foreign = [name for name in foreign if not name.startswith((".lock", "shard-"))]
-    if foreign:
+    names = [path.name for path in Path(folder).glob("*")]
+    foreign = [name for name in names if not name.startswith((".lock", "shard-"))]
+    if foreign and not found:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
-    cut = found.get("cut") if found else model.cut
+    kept = found or {"cut": model.cut, "dtype": "float16"}
+    # The folder's cut may lie before the model's, as the stages between run frozen, but not behind.
+    cut = kept.get("cut")
     if cut not in range(1, model.cut + 1):
         layers = len(model.encoder.encoder.layers) + 1 - model.cut
         raise ValueError(f"'{folder}' is for fewer layers: fill another with --layers {layers}")
-    wanted = {
+    fingerprint = {
         "encoder_sha256": model.encoder_sha256,
         "cut": cut,
-        "dtype": dtype or (found["dtype"] if found else "float16"),
+        "dtype": dtype or kept["dtype"],
         "sample_rate": model.sample_rate,
         "normalise": model.normalise,
         "prefix_version": model.PREFIX_VERSION,
     }
-    if found not in (None, wanted):
-        other = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+    if found and found != fingerprint:
+        other = {k: found.get(k) for k in fingerprint if found.get(k) != fingerprint[k]}
         raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
     model.cut = cut
-    return wanted, [u for u in utterances if u.name not in entries]
+    return fingerprint, [u for u in utterances if u.name not in entries]
 
 
-def read_recording(sample_rate, utterance):
+def read_recording(utterance, sample_rate):
     """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
     import data
 
@@ -296,13 +302,14 @@ def read_recording(sample_rate, utterance):
 
 
 def process_numbers():
-    """Number of this process, and how many there are: torchrun's words, or a job array's."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Number of this process, and how many there are. RANK and WORLD_SIZE are the words of torchrun
+    for it; a job array sets them itself."""
+    process = int(os.environ.get("RANK", "0"))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     half = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
-    if half or not 0 <= rank < processes:
-        raise ValueError(f"RANK {rank} of WORLD_SIZE {processes}: set both, or neither")
-    return rank, processes
+    if half or not 0 <= process < processes:
+        raise ValueError(f"RANK {process} of WORLD_SIZE {processes}: set both, or neither")
+    return process, processes
 
 
 def verify(folder, root):
@@ -311,15 +318,15 @@ def verify(folder, root):
 
     entries, _, _ = read_entries(folder)
     paths = {u.name: u.path for u in data.read_corpus(root, ())[0]} if root else {}
-    utterances = [SimpleNamespace(name=name, labels=()) for name in entries]
+    utterances = [data.Utterance(name, paths.get(name)) for name in entries]
     dataset = CachedDataset(entries, utterances)
     defects = 0
-    for i, name in enumerate(tqdm(entries, "verify", leave=False, disable=None)):
+    for i, u in enumerate(tqdm(utterances, "verify", leave=False, disable=None)):
         try:
-            dataset[i]
-            recording = entries[name].recording
-            if name in paths and zlib.crc32(Path(paths[name]).read_bytes()) != recording:
-                raise ValueError(f"'{paths[name]}' has changed: delete '{entries[name].path}'")
+            dataset[i]  # raises an error if it is damaged
+            entry = entries[u.name]
+            if u.path and zlib.crc32(Path(u.path).read_bytes()) != entry.recording:
+                raise ValueError(f"'{u.path}' has changed: delete '{entry.path}'")
         except ValueError as error:
             tqdm.write(str(error))
             defects += 1

@@ -40,14 +40,14 @@ MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Pod
 class Utterance(NamedTuple):
     name: str  # FileName
     path: str
-    split: str
-    speaker: str
-    labels: tuple  # A floats, the scale as 0 to 1 (section III); NaN in Test3
+    split: str = ""
+    speaker: str = ""
+    labels: tuple = ()  # A floats, the scale as 0 to 1 (section III); NaN in Test3
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
 
 class Problem(NamedTuple):
-    kind: str
+    kind: str  # the same text for all that are wrong in the same way: they are counted by it
     where: str
     split: str  # "" where the split is what is wrong
 
@@ -108,7 +108,8 @@ def read_ahead(load, items, workers):
 
 # The newest release's names stand first; releases 1.6 to 1.9 have the others.
 LABEL_FOLDERS = ["Labels", "labels", "Label", "label"]
-LABEL_FILES = [f"{folder}/labels_con{c}ensus.csv" for c in "sc" for folder in LABEL_FOLDERS]
+LABEL_NAMES = ["labels_consensus.csv", "labels_concensus.csv"]
+LABEL_FILES = [f"{folder}/{name}" for name in LABEL_NAMES for folder in LABEL_FOLDERS]
 AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
@@ -118,14 +119,17 @@ NUMBER = re.compile(r"-?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE]-[0-9]+)?")
 def find(root, names):
     """Path of the first of some names that is under `root`, or else of the first name."""
     paths = [os.path.join(root, name) for name in names]
-    return next(filter(os.path.exists, paths), paths[0])
+    present = [path for path in paths if os.path.exists(path)]
+    return (present or paths)[0]
 
 
 def to_unit(cell, low, high):
     """A label from low to high -> 0 to 1; NaN if it is none."""
-    value = (float(cell) - low) / (high - low) if NUMBER.fullmatch(cell) else math.nan
-    # A mean of ratings may be rounded past the bound, to 7.000000000000001.
-    return min(max(value, 0.0), 1.0) if -1e-9 < value < 1 + 1e-9 else math.nan
+    if NUMBER.fullmatch(cell):
+        unit = (float(cell) - low) / (high - low)
+        if -1e-9 < unit < 1 + 1e-9:  # A mean of ratings may be rounded to 7.000000000000001.
+            return min(max(unit, 0.0), 1.0)
+    return math.nan
 
 
 def read_table(path, columns):
@@ -160,17 +164,19 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
         name, speaker, split, *cells = ((row[column] or "").strip() for column in columns)
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
-        unlabelled = math.isnan(sum(labels)) and split != "Test3"
-        faults = {
-            "too few or too many cells": None in row or None in row.values(),
-            "unknown split": split not in SPLITS,
-            "repeated name": name in names,
-            "not the plain name of a file": name != os.path.basename(name),  # ../other.wav
-            f"label missing or not from {low:g} to {high:g} (--scale)": unlabelled,
-        }
+        kind = None
+        if None in row or None in row.values():  # DictReader's sign of too many, or too few
+            kind = "too few or too many cells"
+        elif split not in SPLITS:
+            kind = "unknown split"
+        elif name in names:
+            kind = "repeated name"
+        elif name != os.path.basename(name):  # ../other.wav
+            kind = "not the plain name of a file"
+        elif split != "Test3" and math.isnan(sum(labels)):
+            kind = f"label missing or not from {low:g} to {high:g} (--scale)"
         names.add(name)
-        if any(faults.values()):
-            kind = next(filter(faults.get, faults))
+        if kind:
             where = f"line {line}: {name!r} {split!r} {cells}"  # quoted: a cell may hold anything
             problems.append(Problem(kind, where, split if split in SPLITS else ""))
         else:
@@ -184,7 +190,7 @@ def check_audio(utterances, sample_rate=16000):
     fault: no audio folder, no permission, too many open files."""
     good = []
     problems = []
-    there = {}
+    files = {}
     quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough for all of torchrun's processes
     for u in tqdm(utterances, "checking audio", leave=False, disable=quiet or None):
         try:
@@ -193,40 +199,46 @@ def check_audio(utterances, sample_rate=16000):
             kind = str(error).removeprefix(f"{u.path!r}: ")
             problems.append(Problem(kind, repr(u.name), u.split))
         except (FileNotFoundError, IsADirectoryError):
-            there = there or list_alike(os.path.dirname(u.path))
+            files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
-            where = f"{u.name!r}: no such file; alike: {there.get(alike(u.name))!a}"
+            where = f"{u.name!r}: no such file; alike: {files.get(simplify(u.name))!a}"
             problems.append(Problem("missing audio", where, u.split))
     return good, problems
 
 
-def alike(name):
+def simplify(name):
     """The same text for names that differ only in case or Unicode form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def list_alike(folder):
-    """{alike(name): path} of all files beside and below an audio folder, for those who look for
+def list_files(folder):
+    """{simplified name: path} of all files beside and below an audio folder, for those who look for
     one that is missing: it may be in a sub-folder, or in Audio where there is Audios, too."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
-    walk = os.walk(os.path.dirname(folder))
-    return {alike(name): os.path.join(top, name) for top, _, names in walk for name in names}
+    return {simplify(os.path.basename(path)): path for path in walk(os.path.dirname(folder))}
 
 
-def some(items, most=3):
-    """The first few of many texts, and as the last one how many more there are."""
-    return items[:most] + [f"and {len(items) - most} more"] * (len(items) > most)
+def some(items, most=3, between=", "):
+    """The first few of many texts in one, and how many more there are."""
+    shown = items[:most]
+    if len(items) > most:
+        shown.append(f"and {len(items) - most} more")
+    return between.join(shown)
+
+
+def count(kinds):
+    """How often there is each kind, the most frequent first: "5 truncated, 2 missing audio"."""
+    return some([f"{n} {kind}" for kind, n in Counter(kinds).most_common()], 9)
 
 
 def refuse(problems, skip_bad):
     """If there are problems: ValueError of one line, or with `skip_bad` a printed line."""
     if not problems:
         return
-    kinds = Counter(problem.kind for problem in problems).most_common()
-    counts = ", ".join(some([f"{count} {kind}" for kind, count in kinds], 9))
-    first = ", ".join(some([problem.where for problem in problems]))
-    text = f"{len(problems)} unusable: {counts} ({first})"
+    kinds = count(problem.kind for problem in problems)
+    first = some([problem.where for problem in problems])
+    text = f"{len(problems)} unusable: {kinds} ({first})"
     if not skip_bad:
         raise ValueError(f"{text}; `python data.py ROOT` lists them, --skip-bad leaves them out")
     print(f"skipped: {text}", flush=True)
@@ -248,49 +260,52 @@ def usable(utterances, sample_rate=16000, skip_bad=False):
 
 def require(utterances, splits):
     """ValueError where a split is too small for a CCC."""
-    sizes = Counter(u.split for u in utterances)
     for split in splits:
-        if sizes[split] < 2:
-            raise ValueError(f"{sizes[split]} usable utterances in {split}; see --splits")
+        size = sum(u.split == split for u in utterances)
+        if size < 2:
+            raise ValueError(f"{size} usable utterances in {split}; see --splits")
 
 
-# What is audio in a folder: no part of its path is hidden. The last row is audio that only ffmpeg
-# reads; it is found, and then refused by name.
-AUDIO_FILE = re.compile(
-    r"(?!.*/\.).*\.(wave?|flac|ogg|oga|opus|mp3|aif[fc]?|au|snd|caf|w64|rf64"
-    r"|m4[ab]|mp[24]|aac|webm|mka|amr|3gp|wma|ac3|ape|wv|spx|sph|voc|tta|mpc)",
-    re.IGNORECASE | re.DOTALL,
+# The second line is audio that only ffmpeg reads: it is found, and then refused by name.
+SUFFIXES = (
+    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aifc .aiff .au .snd .caf .w64 .rf64"
+    " .m4a .m4b .mp2 .mp4 .aac .webm .mka .amr .3gp .wma .ac3 .ape .wv .spx .sph .voc .tta .mpc"
 )
 
 
 def walk(top):
-    """Paths of a folder's files. Links are followed, but to no folder twice."""
-    ways = {}
+    """Paths of a folder's files. Links are followed, but to no folder twice: one may lead back."""
+    seen = set()
     for folder, folders, names in os.walk(top, followlinks=True):
-        if ways.setdefault(os.path.realpath(folder), folder) != folder:
-            folders.clear()
-            continue
+        place = os.path.realpath(folder)
+        if place in seen:
+            folders.clear()  # os.walk then goes no deeper here
+            names.clear()
+        seen.add(place)
         folders.sort()
-        yield from (os.path.join(folder, name) for name in sorted(names))
+        for name in sorted(names):
+            yield os.path.join(folder, name)
 
 
 def find_audio(paths):
     """Unlabelled utterances of files, and of the audio in folders: of one folder, named by their
     paths in it. What else is there is counted on stderr."""
     found = []
-    others = Counter()
+    others = []
     for top in map(str, paths):
-        os.stat(top)  # an OSError where there is nothing
-        for path in walk(top) if os.path.isdir(top) else [top]:
-            inside = path.removeprefix(top)
-            if inside and not AUDIO_FILE.fullmatch(f"/{inside}"):
-                others[os.path.splitext(path)[1]] += 1
-                continue
-            name = os.path.relpath(path, top) if inside and len(paths) == 1 else path
-            found.append(Utterance(name, path, "", "", ()))
+        if not os.path.isdir(top):
+            os.stat(top)  # an OSError where there is nothing
+            found.append(Utterance(top, top))
+        for path in walk(top):  # nothing, if it is a file
+            name = os.path.relpath(path, top)
+            suffix = os.path.splitext(name)[1]
+            hidden = "/." in f"/{name}"
+            if hidden or suffix.lower() not in SUFFIXES.split():
+                others.append(suffix or "without suffix")
+            else:
+                found.append(Utterance(name if len(paths) == 1 else path, path))
     if others:
-        kinds = some([f"{count} {kind or 'without suffix'}" for kind, count in others.items()], 9)
-        print(f"left out, hidden or no audio: {', '.join(kinds)}", file=sys.stderr, flush=True)
+        print(f"left out, hidden or no audio: {count(others)}", file=sys.stderr, flush=True)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
     return found
@@ -298,38 +313,35 @@ def find_audio(paths):
 
 # ---- what can be wrong with a sound file; a reader may skip this ----
 
-# Containers in which libsndfile, or decoding, notices that the end of a file is missing.
+# The containers in which libsndfile, or decoding, notices that the end of a file is missing.
 CONTAINERS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"]
 # What libsndfile notes of a header that claims other sizes than its file has. A writer into a pipe
 # cannot know them: ffmpeg claims 2**32 - 1, SoX about 2**31. Such sound ends with its file.
 CLAIM = re.compile(
-    r"^ *(?:data|SSND|riff|Riff size|Data Size) *: "
-    r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)",
-    re.MULTILINE,
+    r"(?m)^ *(?:data|SSND|riff|Riff size|Data Size) *: "
+    r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)"
 )
-OGG_CUT = re.compile("Last page lacks|Junk after the last page")
-UNFINISHED = re.compile("Unknown chunk marker.*Exiting parser")
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
 TRUNCATED = "truncated; fetch it again"
-UNREADABLE = f"damaged or not audio; fetch it again, or if ffmpeg can read it, {REWRITE}"
 UNCOUNTED = "no sound, or more than its header counts; `ffmpeg -ignore_length 1 -i OLD NEW.wav`"
-TOO_LONG = f"longer than {MAX_SECONDS} s; cut it, or see `model.py predict --window`"
 
 
 @contextmanager
 def open_sound(source, sample_rate, limited):
     """A path or an open binary file -> (SoundFile whose header is fit for use, the open file).
     Every ValueError while it is open gets the file's name."""
-    ours = isinstance(source, (str, os.PathLike))
+    is_path = isinstance(source, (str, os.PathLike))
     # Python opens the file: its OSErrors say what happened, and a name need not be UTF-8. The
     # library then reads from the number of the open file.
-    with open(source, "rb", buffering=0) if ours else nullcontext(source) as file:
+    with open(source, "rb", buffering=0) if is_path else nullcontext(source) as file:
         try:
-            with soundfile.SoundFile(file.fileno() if ours else file, closefd=False) as sound:
+            with soundfile.SoundFile(file.fileno() if is_path else file, closefd=False) as sound:
                 judge_header(sound, sample_rate, limited)
                 yield sound, file
         except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: x.raw
-            reason = error if isinstance(error, ValueError) else UNREADABLE
+            reason = f"damaged or not audio; fetch it again, or if ffmpeg can read it, {REWRITE}"
+            if isinstance(error, ValueError):
+                reason = error
             raise ValueError(f"{str(file.name)!r}: {reason}") from error
 
 
@@ -338,31 +350,38 @@ def judge_header(sound, sample_rate, limited):
     the sound cannot be used."""
     rate = sound.samplerate
     notes = sound.extra_info
+    if sound.format not in CONTAINERS:
+        raise ValueError(f"a container whose end cannot be checked; {REWRITE}")
+    if not 1000 <= rate <= 384000:
+        raise ValueError("impossible sample rate; correct its header")
+    if sound.frames == 2**63 - 1:
+        raise ValueError(f"its header does not tell its length; {REWRITE}")
+    lacking = 0.0  # a share of the sound that is there
     claim = CLAIM.search(notes)
-    lacking = int(claim[1]) / max(int(claim[2]), 1) - 1 if claim else 0  # a share of what is there
+    if claim:
+        claimed, present = map(int, claim.groups())  # bytes
+        lacking = claimed / max(present, 1) - 1
+    cut_page = re.search("Last page lacks|Junk after the last page", notes)  # in OGG
+    # Some writers count their header as sound: a hundredth of a second may lack.
+    if lacking * sound.frames > 0.01 * rate or cut_page:
+        raise ValueError(TRUNCATED)
+    if not sound.frames or re.search("Unknown chunk marker.*Exiting parser", notes):
+        raise ValueError(UNCOUNTED)
     least = 1000 * MIN_SAMPLES / sample_rate  # ms
-    for wrong, reason in (
-        (sound.format not in CONTAINERS, f"a container whose end cannot be checked; {REWRITE}"),
-        (not 1000 <= rate <= 384000, "impossible sample rate; correct its header"),
-        (sound.frames == 2**63 - 1, f"its header does not tell its length; {REWRITE}"),
-        # Some writers count their header as sound: a hundredth of a second may lack.
-        (lacking * sound.frames > 0.01 * rate or OGG_CUT.search(notes), TRUNCATED),
-        (UNFINISHED.search(notes) or not sound.frames, UNCOUNTED),
-        (sound.frames < least * rate / 1000, f"shorter than {least:g} ms; leave it out"),
-        (limited and sound.frames > MAX_SECONDS * rate, TOO_LONG),
-    ):
-        if wrong:
-            raise ValueError(reason)
+    if sound.frames < least * rate / 1000:
+        raise ValueError(f"shorter than {least:g} ms; leave it out")
+    if limited and sound.frames > MAX_SECONDS * rate:
+        raise ValueError(f"longer than {MAX_SECONDS} s; cut it, or see `model.py predict --window`")
 
 
 def read_blocks(sound, file, start=0.0, stop=None):
     """Yield the sound from `start` to `stop`, in seconds, as float32 (S, channels), a minute at a
-    time. ValueError where a sample is not finite, or where all is read and ends elsewhere than
-    the header says."""
+    time. ValueError where a sample is not finite, or where all is read and ends elsewhere than the
+    header says: too early, or before the file does."""
     rate = sound.samplerate
     first = round(start * rate)
     last = sound.frames if stop is None else min(round(stop * rate), sound.frames)
-    if first:
+    if first:  # GSM cannot seek, but can be read from its beginning.
         sound.seek(first)
     samples = 0
     for place in range(first, last, MAX_SECONDS * rate):
@@ -371,20 +390,17 @@ def read_blocks(sound, file, start=0.0, stop=None):
             raise ValueError("NaN or infinite samples; leave it out")
         samples += len(block)
         yield block
-    if last - first == sound.frames:
-        judge_end(sound, file, samples)
-
-
-def judge_end(sound, file, samples):
-    """ValueError where a wholly decoded file has fewer samples than it claims, or goes on. An MP3
-    may lack its length, which libsndfile then estimates from the first frame's bit rate."""
-    tolerance = 0.1 * sound.samplerate + 0.01 * samples
-    decoded = file.tell()  # bytes
-    rest = file.read()
-    tag = sound.format != "MP3" or rest.startswith((b"TAG", b"APETAGEX"))
+    if last - first < sound.frames:
+        return
+    tolerance = 0.1 * rate + 0.01 * samples
     if sound.frames - samples > tolerance:
         raise ValueError(TRUNCATED)
-    if len(rest) * samples > tolerance * decoded and not tag:
+    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate:
+    # sound is left behind the end. A tag, of title and artist, is no sound.
+    decoded = file.tell()  # bytes
+    rest = file.read()
+    tagged = rest.startswith((b"TAG", b"APETAGEX"))
+    if sound.format == "MP3" and not tagged and len(rest) * samples > tolerance * decoded:
         raise ValueError(f"its length is only estimated, and too short; {REWRITE}")
 
 
@@ -411,6 +427,7 @@ def is_constant(wave):
 # ---- a synthetic corpus ----
 
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
+VOICES = (("Male", 95, 130), ("Female", 170, 230))  # the range of f0, Hz
 SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utterances of each
 
 
@@ -421,14 +438,14 @@ def synthesize(activation, valence, voice, rng, sample_rate=16000):
     f0, tract = voice
     syllables = []
     for _ in range(rng.integers(4, 7)):
-        duration = rng.uniform(0.8, 1.2) * (0.34 - 0.22 * activation)  # s
-        position = np.arange(int(duration * sample_rate)) / sample_rate / duration  # 0 to 1
+        seconds = rng.uniform(0.8, 1.2) * (0.34 - 0.22 * activation)
+        position = np.arange(int(seconds * sample_rate)) / sample_rate / seconds  # 0 to 1
         octaves = 0.9 * (activation - 0.5) + 0.5 * valence * (position - 0.5)
         phase = 2 * np.pi * np.cumsum(f0 * 2**octaves) / sample_rate
         breath = 0.3 * (1 - valence) * rng.normal(size=len(position))
         source = np.maximum(np.sin(phase), 0) ** 3 + breath  # glottal pulses and breath
         source = scipy.signal.lfilter([1, -1], [1, 0.7 * activation - 0.93], source)  # the tilt
-        for formant in np.array(VOWELS[rng.integers(len(VOWELS))]) * tract * (0.8 + 0.4 * valence):
+        for formant in rng.choice(VOWELS) * tract * (0.8 + 0.4 * valence):
             radius = math.exp(-math.pi * 90 / sample_rate)  # bandwidth 90 Hz
             pole = -2 * radius * math.cos(2 * math.pi * formant / sample_rate)
             source = scipy.signal.lfilter([1 - radius], [1, pole, radius**2], source)
@@ -446,17 +463,20 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
     Path(root, "Audios").mkdir(parents=True, exist_ok=True)
     Path(root, "Labels").mkdir(exist_ok=True)
     rows = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
-    each = [(split, n) for split, n_speakers, n in speakers for _ in range(n_speakers)]
-    for speaker, (split, n) in enumerate(each, start=1):
-        gender, low, high = ("Female", 170, 230) if speaker % 2 else ("Male", 95, 130)
-        voice = rng.uniform(low, high), rng.uniform(0.95, 1.05) + 0.1 * (speaker % 2)
-        for i in range(n):
-            a, v = rng.uniform(0, 1, 2)
-            name = f"DEMO_{speaker:04}_{i:04}.wav"
-            soundfile.write(Path(root, "Audios", name), synthesize(a, v, voice, rng), 16000)
-            noise = np.append(rng.normal(size=2), dominance_rng.normal())
-            act, val, dom = np.clip(1 + 6 * np.array([a, v, 0.7 * a + 0.3 * v]) + 0.3 * noise, 1, 7)
-            rows.append(f"{name},X,{act:.3f},{val:.3f},{dom:.3f},{speaker},{gender},{split}")
+    speaker = 0
+    for split, n_speakers, n in speakers:
+        for _ in range(n_speakers):
+            speaker += 1
+            gender, low, high = VOICES[speaker % 2]
+            voice = rng.uniform(low, high), rng.uniform(0.95, 1.05) + 0.1 * (speaker % 2)
+            for i in range(n):
+                a, v = rng.uniform(0, 1, 2)
+                name = f"DEMO_{speaker:04}_{i:04}.wav"
+                soundfile.write(Path(root, "Audios", name), synthesize(a, v, voice, rng), 16000)
+                noise = np.append(rng.normal(size=2), dominance_rng.normal())
+                labels = 1 + 6 * np.array([a, v, 0.7 * a + 0.3 * v]) + 0.3 * noise
+                act, val, dom = np.clip(labels, 1, 7)
+                rows.append(f"{name},X,{act:.3f},{val:.3f},{dom:.3f},{speaker},{gender},{split}")
     Path(root, "Labels", "labels_consensus.csv").write_text("\n".join(rows) + "\n")
 
 
@@ -485,7 +505,7 @@ def new_folder(path):
     """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
     something already."""
     path = Path(path).absolute()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
+    if path.is_file() or any(path.glob("*")):
         raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
@@ -506,7 +526,8 @@ def make_demo(root):
 
 
 def print_splits(utterances, low, high):
-    """A line a split: utterances, speakers, hours, each attribute's least and greatest label."""
+    """A line a split: utterances, speakers, hours, each attribute's least and greatest label. Labels
+    that all stay far below the end of the scale are probably on another one: a note says so."""
     greatest = low
     for split in SPLITS:
         part = [u for u in utterances if u.split == split]
@@ -515,17 +536,14 @@ def print_splits(utterances, low, high):
         hours = sum(u.samples for u in part) / 16000 / 3600
         speakers = len({u.speaker for u in part} - {"Unknown"})
         line = f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h"
-        for attribute, units in zip(
-            PAPER, zip(*(u.labels for u in part), strict=True), strict=True
-        ):
-            least, most = (low + (high - low) * unit for unit in (min(units), max(units)))
-            line += f"  {attribute} {least:g} to {most:g}"
-            greatest = np.fmax(greatest, most)  # NaN where labels are withheld
+        labels = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
+        for attribute, column in zip(PAPER, labels.T, strict=True):
+            line += f"  {attribute} {column.min():g} to {column.max():g}"
         print(line)
+        greatest = np.nanmax(labels, initial=greatest)  # Labels that are withheld are NaN.
     if low < greatest <= high - 2:
-        print(
-            f"note: no label above {greatest:g}; is that the scale? --scale {low:g} {math.ceil(greatest)}"
-        )
+        scale = f"--scale {low:g} {math.ceil(greatest)}"
+        print(f"note: no label above {greatest:g}; is that the scale? {scale}")
 
 
 def main(argv=None):
@@ -538,17 +556,17 @@ def main(argv=None):
         make_demo(args.root)
         print(f"wrote {args.root} and {args.root}/encoder")
         return
-    utterances, problems = read_corpus(args.root, scale=args.scale)
-    good, more = check_audio(utterances)
+    utterances, bad_rows = read_corpus(args.root, scale=args.scale)
+    good, bad_files = check_audio(utterances)
+    problems = bad_rows + bad_files
     print_splits(good, *args.scale)
     bar = tqdm(good, "listening", leave=False, disable=None)
     constant = [repr(u.name) for u in bar if is_constant(load_audio(u.path))]
     if constant:
-        print(f"note: silence, or channels that cancel each other: {', '.join(some(constant))}")
-    problems += more
+        print(f"note: silence, or channels that cancel each other: {some(constant)}")
     for kind in sorted({problem.kind for problem in problems}):
         places = [f"{p.split} {p.where}" for p in problems if p.kind == kind]
-        print(f"{kind}: {len(places)}", *some(places, 20), sep="\n  ")
+        print(f"{kind}: {len(places)}", some(places, 20, "\n  "), sep="\n  ")
     print(f"{len(problems) or 'no'} problems")
     if problems:
         sys.exit(1)
