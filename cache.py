@@ -121,6 +121,7 @@ def open_shard(path):
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
         shard["rows"] = list(zip(*columns, strict=True))  # a row an utterance
+        set(shard["names"])  # A list in place of a name cannot be hashed.
         fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
         if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
             raise ValueError("its lists are not of what it holds")
@@ -246,6 +247,8 @@ def complete(folder, model, utterances, args, dtype=None):
         return
     rate = model.sample_rate
     missing = data.usable(missing, rate, args.skip_bad)
+    if not missing:  # --skip-bad has left out all of them.
+        return
     with lock(folder, f".lock-{process}", f"shard-{process}-*.tmp", wait=True):
         fingerprint, missing = look(folder, model, missing, dtype)
         frames = sum(model.frames(u.samples) for u in missing)
