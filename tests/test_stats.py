@@ -309,7 +309,7 @@ def damages():
     good |= {"test": {"activation": 0.5, "valence": 0.5}, "fill_seconds": None}
     for key in [*stats.ROW, *stats.SAME, "seed", "train_seconds", "test", "device"]:
         yield {name: value for name, value in good.items() if name != key}
-    for key in [*stats.NUMBERS.split(), "train_seconds"]:
+    for key in [*stats.NUMBERS, "train_seconds"]:
         yield from (good | {key: value} for value in ("3", True, [1], float("nan"), 10**30, -9))
     for key in [*stats.ROW[:6], *stats.ROW[7:], "device"]:
         yield from (good | {key: value} for value in ([], {}))
