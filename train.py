@@ -53,7 +53,7 @@ def fit(args, model, datasets, config):
     # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the loss,
     # divides before the step, and leaves out a step with an infinity. bfloat16 does not need it.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    # First last.pt is read, if there is one, and only then anything is written: config.json first.
+    # Where a run is resumed, last.pt is read before anything is written; config.json comes first.
     history, best = read_last(args, model, optimizer, scaler)
     start_run(args, config, history)
     if history:
@@ -174,7 +174,8 @@ def evaluate(model, dataset, args):
 
 def batches(dataset, args, epoch=None):
     """[indices of each batch]. An epoch's batches are random, and the same in all processes. Those
-    of evaluation, without `epoch`, are in corpus order. Inside a batch, the shortest comes first.
+    of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
+    Inside a batch, the shortest comes first.
 
     Lengths are compared in frames, then by index. A cached run, which knows no samples, so sorts as
     an uncached one, and an utterance gets the same dropout in both.
@@ -541,13 +542,13 @@ def demo(folder):
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
-    line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
     places = ["--data", corpus, "--model", f"{corpus}/encoder"]
-    return parse_args(
-        [*places, "--cache", f"{folder}/cache", "--out", f"{folder}/run", *line.split()]
-    )
+    places += ["--cache", f"{folder}/cache", "--out", f"{folder}/run"]
+    line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
+    return parse_args(places + line.split())
 
 
+# Options whose values are above 0, if given.
 POSITIVE = str.split("epochs batch_size eval_batch_size lr layers rank alpha chunk workers")
 
 
@@ -599,17 +600,18 @@ def parse_args(argv):
 
 
 def refuse(error, args):
-    """`error` on combinations that make no sense."""
+    """Call `error`, which ends the program with a line, where options make no sense: first the
+    combinations, then single values."""
     if not (args.data and args.out):
         error("--data and --out are required (or --demo)")
-    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
-        error("--splits: three different splits; --attributes: each once")
     if args.method == "full" and (args.layers or args.freeze_embedding or args.cache):
         error("--method full trains all layers: no --layers, --freeze-embedding or --cache")
     if args.freeze_embedding and (args.method == "lora" or args.cache):
         error("--freeze-embedding: lora and --cache freeze the embedding anyway")
     if args.method != "lora" and (args.rank, args.alpha, args.lora_dropout) != (8, 16, 0.1):
         error("--rank, --alpha and --lora-dropout need --method lora")
+    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
+        error("--splits: three different splits; --attributes: each once")
     for key in POSITIVE:
         value = getattr(args, key)
         if value is not None and not 0 < value < math.inf:
