@@ -21,14 +21,15 @@ FULL = {"method": "full", "precision": "fp32"}  # This row is the reference of a
 # What is trained, and how: a cached row and its uncached twin agree in that.
 TRAINED = str.split("method layers precision rank alpha lora_dropout")
 # Runs that agree in all of ROW are seeds of one row.
-ROW = "attributes padding eval_batch_size cached cache freeze_embedding processes chunk recompute"
-ROW = TRAINED + ROW.split()
+ROW = TRAINED + str.split("""attributes padding eval_batch_size cached cache freeze_embedding
+    processes chunk recompute""")
 # All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise. Only
 # `labels`, a digest of the labels of a run's own attributes, differs with these.
 SAME = str.split("corpus splits scale encoder_sha256 labels epochs batch_size lr dropout")
 # A run's result.json must have a number under each of these.
-NUMBERS = """seed layers rank alpha lora_dropout processes eval_batch_size trainable_parameters
-    epochs batch_size lr dropout fill_seconds peak_memory_bytes device_memory_bytes"""
+NUMBERS = str.split("""seed layers rank alpha lora_dropout processes eval_batch_size
+    trainable_parameters epochs batch_size lr dropout fill_seconds peak_memory_bytes
+    device_memory_bytes""")
 # Okabe and Ito's colours can be told apart by everyone. Their faint yellow is left out.
 COLORS = str.split("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000")
 
@@ -62,8 +63,9 @@ def find_alike(row, rows, wanted):
     """That uncached row which has the wanted settings and may be compared with `row`, or None.
     Of several it is the first that was computed in the same way, or else the first."""
     wanted = wanted | {"scored": row["scored"], "cached": False, "several": True}
-    found = [other for other in rows if wanted.items() <= other.items()]
-    return min(found, key=lambda other: other["computed"] != row["computed"], default=None)
+    fitting = [other for other in rows if wanted.items() <= other.items()]
+    # The key is False, the least, where both were computed in the same way.
+    return min(fitting, key=lambda other: other["computed"] != row["computed"], default=None)
 
 
 def test_attribute(rows, attribute):
@@ -73,13 +75,14 @@ def test_attribute(rows, attribute):
     """
     rows = [row for row in rows if attribute in row and row["several"]]
     lines = []
+    # In turn every row that is some others' full fp32: that of each padding, say.
     for full in rows:
-        found = [row for row in rows if find_alike(row, rows, FULL) is full and row is not full]
-        compared = [row for row in found if not row["cached"]]
+        others = [row for row in rows if row is not full and not row["cached"]]
+        compared = [row for row in others if find_alike(row, rows, FULL) is full]
         if compared:
             full["marks"][attribute] = ""
             groups = [row[attribute] for row in [full, *compared]]
-            # NaN means that nothing varies at all, here, too.
+            # As in `compare`, NaN means that nothing varies at all.
             p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
             for row in compared:
                 lines.append(test_pair(row, full, attribute, len(compared), p_anova))
@@ -113,10 +116,10 @@ def find_runs(top):
     patterns = ("config.json", "*/config.json", "*/*/config.json")
     paths = [path for pattern in patterns for path in Path(top).glob(pattern)]
     # The folder of an encoder holds a config.json, too, but only that of a run names a seed.
-    found = {path.parent.resolve() for path in paths if b'"seed"' in path.read_bytes()}
-    if not found:
+    folders = {path.parent.resolve() for path in paths if b'"seed"' in path.read_bytes()}
+    if not folders:
         raise ValueError(f"no runs in '{top}': a run is a folder that train.py wrote")
-    return found
+    return folders
 
 
 def read_run(folder):
@@ -128,10 +131,10 @@ def read_run(folder):
         result = json.loads(path.read_bytes())
         result["attributes"] = "+".join(result["attributes"])
         result["fill_seconds"] = result.get("fill_seconds") or 0
-        numbers = NUMBERS.split()
+        numbers = NUMBERS
         if not result["out_of_memory"]:
             result |= result["test"]
-            numbers += ["train_seconds", *result["attributes"].split("+")]
+            numbers = [*NUMBERS, "train_seconds", *result["attributes"].split("+")]
         for key in numbers:
             # JSON has NaN, and numbers without end. Text is a TypeError.
             if isinstance(result[key], bool) or not -1 <= result[key] < 2**64:
@@ -149,7 +152,9 @@ def refuse_mixture(runs):
     firsts = {}
     for run in runs:
         for key in SAME:
-            first = firsts.setdefault((key, key == "labels" and run["attributes"]), run)
+            # Labels can only be the same where the attributes are.
+            place = (key, run["attributes"]) if key == "labels" else key
+            first = firsts.setdefault(place, run)
             if run[key] != first[key]:
                 raise ValueError(
                     f"the runs of a table must have the same {key}: "
@@ -170,12 +175,15 @@ def make_row(runs):
     row["devices"] = ", ".join(sorted({f"{run['device']}" for run in runs}))
     # Only rows that agree in this are compared. In paper padding, the score of an utterance depends
     # on what else is in its batch.
-    batch = row["padding"] == "paper" and row["eval_batch_size"]
+    batch = row["eval_batch_size"] if row["padding"] == "paper" else ""
     row["scored"] = f"{row['attributes']} {row['padding']} {batch}"
     row["computed"] = f"{row['processes']} {row['chunk']} {row['recompute']}"
     layers = row["layers"] if row["method"] == "partial" else ""
-    kind = " cached" if row["cached"] else " frozen" if row["freeze_embedding"] else ""
-    row["short"] = f"{row['method']}{layers} {row['precision']}{kind}"
+    row["short"] = f"{row['method']}{layers} {row['precision']}"
+    if row["cached"]:
+        row["short"] += " cached"
+    elif row["freeze_embedding"]:
+        row["short"] += " frozen"
     return row
 
 
@@ -186,7 +194,7 @@ def group_rows(runs):
         groups.setdefault(tuple(run[key] for key in ROW), []).append(run)
     rows = [make_row(group) for group in groups.values()]
     rows.sort(key=lambda row: (row["trainable_parameters"], row["precision"] != "fp32"))
-    # As text, False comes before True.
+    # What is sorted again keeps this order among equals. As text, too, False comes before True.
     rows.sort(key=lambda row: f"{row['scored']} {row['cached']} {row['freeze_embedding']}")
     for row in rows:
         # What tells rows of the same short name apart is added to it.
@@ -206,7 +214,7 @@ def format_ccc(value):
 def format_mean(values, form="{:.4g}".format):
     """'mean±sd' with the sample's sd (n - 1), which one seed does not have."""
     if len(values) < 2:
-        return "".join(map(form, values))
+        return "".join(map(form, values))  # of no value, an empty text
     return f"{form(values.mean())}±{form(values.std(ddof=1))}"
 
 
@@ -265,14 +273,15 @@ def plot(rows, attributes, path):
         panel.set(xlabel="training time (h)", ylabel=f"{attribute} CCC")
         for row in rows:
             if attribute in row and row["several"]:
-                # In "partial3 fp16 cached", 3 becomes the marker, and what follows has a colour.
-                what, kind = row["name"].split(" ", 1)
+                # Of "partial3 fp16 cached", 3 is the marker, and what follows has a colour. The
+                # other methods have no number, and F or L for a marker.
+                method, kind = row["name"].split(" ", 1)
                 colors.setdefault(kind, COLORS[len(colors) % len(COLORS)])
                 handles[row["name"]] = panel.errorbar(
                     row["train_seconds"].mean() / 3600,
                     row[attribute].mean(),
                     row[attribute].std(ddof=1),
-                    marker=f"${what[7:] or what[0].upper()}$",
+                    marker=f"${method[7:] or method[0].upper()}$",
                     markersize=10,
                     color=colors[kind],
                     ls="",
@@ -334,9 +343,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "interrupted\n")
-    except (ValueError, OSError) as error:  # bad input is one line and exit status 2
-        argparse.ArgumentParser().exit(2, f"error: {error}\n")
+    from ccc import shell
+
+    shell(main)

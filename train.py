@@ -37,7 +37,9 @@ import data
 import model as models
 from ccc import ccc, ccc_loss, shell
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process among PROCESSES: torchrun's words
+# torchrun starts this script in several processes, and tells each by environment variables its
+# number, from 0 on, and how many there are. (The option --rank is another thing: the rank of LoRA.)
+RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,10 +53,11 @@ def fit(args, model, datasets, config):
     # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the loss,
     # divides before the step, and leaves out a step with an infinity. bfloat16 does not need it.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    history, best = restore(args, model, optimizer, scaler)
+    # Where a run is resumed, last.pt is read before anything is written; config.json comes first.
+    history, best = read_last(args, model, optimizer, scaler)
     start_run(args, config, history)
     if history:
-        # It was killed, perhaps, between last.pt and what is made from it.
+        # The run may have been killed after it wrote last.pt, and before what is made from it.
         save_epoch(args, config, history, best, model, optimizer, scaler)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -77,15 +80,13 @@ def fit(args, model, datasets, config):
             weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             best = {"epoch": epoch, "dev": scores, "weights": weights}
         save_epoch(args, config, history, best, model, optimizer, scaler)
-        left = timedelta(seconds=round((args.epochs - epoch) * (end - start)))
         text = f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {args.splits[1]} {show(scores)}"
-        print(f"{text}{' (best)' * is_best}, {end - start:.1f} s, {left} left", flush=True)
+        print(f"{text}{' (best)' * is_best}, {end - start:.1f} s", flush=True)
     model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
     if RANK == 0:
         write_predictions(args, test.utterances, predictions)
-        result = summary(history, best) | {"test": scores | {"n": len(test)}}
-        write_json(args, "result.json", config | result)  # last: it says that the run is finished
+        write_result(args, config, history, best, scores | {"n": len(test)})
     text = f"{args.splits[2]} with epoch {best['epoch']}: {show(scores)}"
     print(f"{text}  ({args.out}/result.json)", flush=True)
 
@@ -96,8 +97,8 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     # Dropout's seed: a resumed epoch draws what it would have drawn, without stored generators.
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     losses = []
-    load = partial(load_chunks, dataset, args, RANK, PROCESSES)
-    for batch, chunks in progress(f"epoch {epoch}", load, batches(dataset, args, epoch), args):
+    wanted = batches(dataset, args, epoch)
+    for batch, chunks in load_ahead(f"epoch {epoch}", wanted, dataset, args, RANK, PROCESSES):
         with autocast(args):
             predictions = predict_batch(model, chunks, args)  # (b, A)
         predictions = gather(predictions, len(batch))  # (B, A), of all processes
@@ -109,11 +110,18 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())  # last, because it waits for the GPU
-        if not math.isfinite(losses[-1]):
-            names = " ".join(dataset.utterances[i].name for i in batch)
-            where = f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]}"
-            raise ValueError(f"{where}; try a smaller --lr or --precision fp32, or look at {names}")
+        check_loss(losses, epoch, dataset, batch)
     return sum(losses) / len(losses)
+
+
+def check_loss(losses, epoch, dataset, batch):
+    """ValueError where the loss of the last step, which was on `batch`, is NaN or infinite."""
+    if not math.isfinite(losses[-1]):
+        names = " ".join(dataset.utterances[i].name for i in batch)
+        raise ValueError(
+            f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]};"
+            f" try a smaller --lr or --precision fp32, or look at {names}"
+        )
 
 
 def predict_batch(model, chunks, args):
@@ -152,9 +160,8 @@ def evaluate(model, dataset, args):
     """
     model.eval()
     predictions = torch.zeros(len(dataset), len(args.attributes), device=args.device)
-    load = partial(load_chunks, dataset, args, 0, 1)
-    mine = batches(dataset, args)[RANK::PROCESSES]
-    for batch, chunks in progress("evaluation", load, mine, args):
+    wanted = batches(dataset, args)[RANK::PROCESSES]
+    for batch, chunks in load_ahead("evaluation", wanted, dataset, args):
         with autocast(args):
             predictions[batch] = predict_batch(model, chunks, args)
     add_up(predictions)
@@ -167,7 +174,8 @@ def evaluate(model, dataset, args):
 
 def batches(dataset, args, epoch=None):
     """[indices of each batch]. An epoch's batches are random, and the same in all processes. Those
-    of evaluation, without `epoch`, are in corpus order. Inside a batch, the shortest comes first.
+    of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
+    Inside a batch, the shortest comes first.
 
     Lengths are compared in frames, then by index. A cached run, which knows no samples, so sorts as
     an uncached one, and an utterance gets the same dropout in both.
@@ -192,6 +200,13 @@ def batches(dataset, args, epoch=None):
     return [sorted(part, key=length) for part in parts if len(part) >= least]
 
 
+def load_ahead(name, wanted, dataset, args, process=0, processes=1):
+    """Yield load_chunks of each wanted batch, read ahead by threads, with a bar on a terminal."""
+    load = partial(load_chunks, dataset, args, process, processes)
+    loaded = data.read_ahead(load, wanted, args.workers)
+    return tqdm(loaded, name, len(wanted), leave=False, disable=RANK > 0 or None)
+
+
 def load_chunks(dataset, args, process, processes, batch):
     """A process's share of a batch of indices, in chunks -> the batch, [(inputs, lengths)].
 
@@ -204,29 +219,20 @@ def load_chunks(dataset, args, process, processes, batch):
     size = args.chunk or len(share)
     chunks = []
     for k in range(0, len(share), size):
-        inputs = [dataset[i][0] for i in share[k : k + size]]
-        lengths = [len(x) for x in inputs]
-        longest = max(lengths)
+        inputs, lengths, _ = data.collate([dataset[i] for i in share[k : k + size]])
         if args.padding == "paper":
-            longest = max(dataset.lengths[i] for i in batch)
-        padded = inputs[0].new_zeros(len(inputs), longest, *inputs[0].shape[1:])
-        for row, x in zip(padded, inputs, strict=True):
-            row[: len(x)] = x
+            lacking = max(dataset.lengths[i] for i in batch) - inputs.shape[1]
+            zeros = inputs.new_zeros(len(inputs), lacking, *inputs.shape[2:])
+            inputs = torch.cat([inputs, zeros], dim=1)
         if args.device == "cuda":
-            padded = padded.pin_memory()  # so that copying it need not wait
-        chunks.append((padded, lengths))
+            inputs = inputs.pin_memory()  # so that copying it need not wait
+        chunks.append((inputs, lengths))
     return batch, chunks
 
 
 def autocast(args):
     """Half precision where it is asked for; in fp32 nothing is cast."""
     return torch.autocast(args.device, PRECISIONS[args.precision], args.precision != "fp32")
-
-
-def progress(name, load, items, args):
-    """Yield load(item) for each item, read ahead by threads, with a bar on a terminal."""
-    loaded = data.read_ahead(load, items, args.workers)
-    return tqdm(loaded, name, len(items), leave=False, disable=RANK > 0 or None)
 
 
 # ---- several processes ----
@@ -273,6 +279,7 @@ def exchange(value):
 
 @contextlib.contextmanager
 def peers():
+    """The error of a process whose peers have ended is one line, which points to theirs."""
     try:
         yield
     except RuntimeError as error:
@@ -282,55 +289,61 @@ def peers():
 # ---- the run folder ----
 
 # What may differ between a run and its continuation: places, the machine, and what grows.
-MAY_DIFFER = {"data", "model", "out", "workers", "skip_bad", "epochs", "fill_seconds"}
-MAY_DIFFER |= {"device", "device_memory_bytes", "versions"}
+MAY_DIFFER = str.split("""data model out workers skip_bad epochs fill_seconds
+    device device_memory_bytes versions""")
 # What rebuilds the best model: no place, version or number of epochs.
-SETTINGS = ["attributes", "dropout", "padding", "scale", "encoder_sha256", "method", "layers"]
-SETTINGS += ["freeze_embedding", "rank", "alpha", "lora_dropout"]
+SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
+    method layers freeze_embedding rank alpha lora_dropout""")
 
 
 def run(args):
-    """One row and seed of Table I, from corpus to result.json."""
+    """One row and seed of Table I, from corpus to result.json.
+
+    An earlier run in --out is first compared with all of `config` that is known at once. If it is
+    finished, nothing is touched. If not, the cache is filled, compared, too, and trained from.
+    """
     torch.manual_seed(args.seed)
     encoder, audio = models.load_encoder(args.model)
     model = models.build(encoder, audio, vars(args)).to(args.device)
-    which = args.splits, args.attributes, args.scale
-    utterances = data.load_corpus(args.data, *which, args.skip_bad)
+    corpus = args.data, args.splits, args.attributes, args.scale
+    utterances = data.load_corpus(*corpus, args.skip_bad)
     config = describe_run(args, model, utterances)
-    if args.cached:
-        config["audio"] = None
-    else:
+    if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
-        config["audio"] = digest([u.name, os.path.getsize(u.path)] for u in utterances)
-        config |= {"cache": None, "cache_contents": None, "fill_seconds": None}
+        config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
-        compare(args, config)
+        compare(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
         if holds_epochs(args) and is_finished(args):
             print(f"'{args.out}' is finished")
             return
-        datasets = make_datasets(args, model, utterances, config)
-        compare(args, config)  # now with the cache's contents
-        sizes = ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items())
+        entries = None
+        if args.cached:
+            entries, utterances, contents = fill_cache(args, model, utterances)
+            config |= contents
+            compare(args, config, MAY_DIFFER)
+        datasets = make_datasets(args, model, utterances, entries)
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
+        if steps == 0:
+            raise ValueError(f"split {args.splits[0]} is too small for {PROCESSES} processes")
         print(
             f"{encoder.config.model_type}, {config['total_parameters']:,} parameters,"
             f" {config['trainable_parameters']:,} of them trained, cut {model.cut};"
-            f" {args.precision} ({args.why}) on {config['device']};"
-            f" utterances: {sizes}; {steps} steps an epoch",
+            f" {args.precision} on {config['device']}; {steps:,} steps an epoch",
             flush=True,
         )
-        less = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
+        advice = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
         try:
-            with models.explain_memory(less):
+            with models.explain_memory(advice):
                 fit(args, model, datasets, config)
         except MemoryError:  # It is a result as well: Table II.
-            facts = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
-            write_json(args, "result.json", config | facts)
+            failure = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
+            write_json(args, "result.json", config | failure)
             raise
 
 
 def describe_run(args, model, utterances):
-    """What makes this run, and where it runs: config.json, but for what its audio or cache adds."""
+    """config.json: what makes this run, and where it runs. What is None of its audio or cache is
+    filled in by `run` when it is known. Utterances are all whose labels can be used."""
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
         memory = torch.cuda.mem_get_info()[1]
@@ -339,8 +352,8 @@ def describe_run(args, model, utterances):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     config = vars(args) | {
         "layers": args.layers or len(model.encoder.encoder.layers),
-        "corpus": digest([u.name, u.split] for u in utterances),
-        "labels": digest([u.name, *u.labels] for u in utterances),
+        "corpus": digest_rows([u.name, u.split] for u in utterances),
+        "labels": digest_rows([u.name, *u.labels] for u in utterances),
         "encoder_sha256": model.encoder_sha256,
         "processes": PROCESSES,
         "trainable_parameters": sum(p.numel() for p in models.trainable(model).values()),
@@ -348,25 +361,37 @@ def describe_run(args, model, utterances):
         "device": device,
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "audio": None,
+        "cache": None,
+        "cache_contents": None,
+        "fill_seconds": None,
     }
-    for key in ("resume", "demo", "why", "cache"):
-        del config[key]
+    del config["resume"], config["demo"]
     return config
 
 
-def digest(rows):
+def digest_rows(rows):
+    """A digest of a list of lists, whatever their order."""
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
-def make_datasets(args, model, utterances, config):
-    """{split: dataset}. A cache is filled first, and config told of it."""
-    if args.cached:
-        cache.complete(args.cache, model, utterances, args)
-        exchange("filled")
-        entries, fingerprint, config["fill_seconds"] = cache.read_entries(args.cache)
-        utterances = [u for u in utterances if u.name in entries]  # --skip-bad left out others
-        config["cache"] = "cut {cut}, {dtype}".format(**fingerprint)
-        config["cache_contents"] = digest([u.name, entries[u.name].checksum] for u in utterances)
+def fill_cache(args, model, utterances):
+    """Fill what the cache lacks -> its entries, the utterances that it then holds (with --skip-bad,
+    not all), and what config.json says of it."""
+    cache.complete(args.cache, model, utterances, args)
+    exchange("filled")  # All processes wait here until the cache is full.
+    entries, fingerprint, seconds = cache.read_entries(args.cache)
+    utterances = [u for u in utterances if u.name in entries]
+    contents = {
+        "cache": "cut {cut}, {dtype}".format(**fingerprint),
+        "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
+        "fill_seconds": seconds,
+    }
+    return entries, utterances, contents
+
+
+def make_datasets(args, model, utterances, entries):
+    """{split: dataset}, from a cache's entries or, without, from audio."""
     data.require(utterances, args.splits)
     datasets = {}
     for split in args.splits:
@@ -378,30 +403,29 @@ def make_datasets(args, model, utterances, config):
             dataset = data.SpeechDataset(part, model.sample_rate)
             dataset.frames = [model.frames(n) for n in dataset.lengths]
         datasets[split] = dataset
-    if not batches(datasets[args.splits[0]], args, epoch=1):
-        raise ValueError(f"split {args.splits[0]} is too small for {PROCESSES} processes")
     return datasets
 
 
 def holds_epochs(args):
+    """Whether a run in --out has saved an epoch. One without its last.pt is to be noticed, too."""
     return any(Path(args.out, name).exists() for name in ("last.pt", "best.pt"))
 
 
-def compare(args, config):
-    """ValueError if --out holds epochs of another run than config says, as far as it says, or of
-    one that may not be continued."""
+def compare(args, config, ignored):
+    """ValueError if --out holds epochs that may not be continued: without --resume any, and with it
+    those of a longer run, or of one whose config.json differs in more than the ignored keys."""
     if not holds_epochs(args):
         return
     if not args.resume:
         raise ValueError(f"'{args.out}' holds a run; --resume continues it, or give another --out")
     with models.blame(Path(args.out, "config.json")) as path:
-        found = json.loads(path.read_text())
-        keys = [key for key in config if key not in MAY_DIFFER and found.get(key) != config[key]]
-        if found["epochs"] > args.epochs:
+        saved = json.loads(path.read_text())
+        keys = [key for key in config if key not in ignored and saved.get(key) != config[key]]
+        if saved["epochs"] > args.epochs:
             keys.append("epochs")
-        what = "; ".join(f"{key} {found.get(key)}, not {config[key]}" for key in keys[:3])
+        others = "; ".join(f"{key} {saved.get(key)}, not {config[key]}" for key in keys[:3])
     if keys:
-        raise ValueError(f"'{args.out}' is of a run with {what}; give the same, or another --out")
+        raise ValueError(f"'{args.out}' is of a run with {others}; give the same, or another --out")
 
 
 def is_finished(args):
@@ -414,8 +438,8 @@ def is_finished(args):
         return result["epochs"] == args.epochs and not result["out_of_memory"]
 
 
-def restore(args, model, optimizer, scaler):
-    """Put all back as it was after the last finished epoch, if any -> history and best."""
+def read_last(args, model, optimizer, scaler):
+    """Put all back as last.pt holds it after the last finished epoch, if any -> history and best."""
     if not holds_epochs(args):
         return [], None
     with models.blame(Path(args.out, "last.pt")) as path:
@@ -428,11 +452,14 @@ def restore(args, model, optimizer, scaler):
 
 
 def start_run(args, config, history):
-    """Begin to write, as all processes have read what is replaced, and agree. On separate disks
-    they may start from different files, and nothing else would notice."""
-    facts = [[key, value] for key, value in config.items() if key not in MAY_DIFFER]
-    facts = json.dumps([facts, len(history)])
-    if set(exchange(facts)) != {facts}:
+    """Begin to write: remove result.json, then write config.json.
+
+    By now all processes have read what they need, and here they make sure that they agree. On
+    separate disks they may have started from different files, and nothing else would notice.
+    """
+    same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
+    mine = json.dumps([same, len(history)])
+    if set(exchange(mine)) != {mine}:
         raise ValueError("processes differ in arguments, corpus, cache, or the epoch to resume at")
     if RANK == 0:
         Path(args.out, "result.json").unlink(missing_ok=True)  # of fewer epochs, or out of memory
@@ -440,7 +467,8 @@ def start_run(args, config, history):
 
 
 def save_epoch(args, config, history, best, model, optimizer, scaler):
-    """last.pt, all that the next epoch depends on; then what is made from it."""
+    """Write last.pt, all that the next epoch depends on, and then what is made from it: best.pt and
+    metrics.jsonl."""
     if RANK > 0:
         return
     last = {
@@ -459,16 +487,18 @@ def save_epoch(args, config, history, best, model, optimizer, scaler):
         file.writelines(json.dumps(line) + "\n" for line in history)
 
 
-def summary(history, best):
-    """What result.json says beyond config.json, but for the test split."""
-    return {
+def write_result(args, config, history, best, scores):
+    """result.json, the last of all files, because it says that the run is finished."""
+    result = {
         "best_epoch": best["epoch"],
         "dev": best["dev"],
         "train_seconds": sum(line["train_seconds"] for line in history),
         "eval_seconds": sum(line["eval_seconds"] for line in history),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in history),
         "out_of_memory": False,
+        "test": scores,
     }
+    write_json(args, "result.json", config | result)
 
 
 def write_json(args, name, content):
@@ -482,7 +512,7 @@ def write_predictions(args, utterances, predictions):
     low, high = args.scale
     with cache.atomic(Path(args.out, f"predictions-{args.splits[2]}.csv"), "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["FileName", *columns, *("Emo" + column for column in columns)])
+        writer.writerow(["FileName", *columns, *(f"Emo{column}" for column in columns)])
         for u, units in zip(utterances, predictions.tolist(), strict=True):
             values = [low + (high - low) * unit for unit in [*units, *u.labels]]
             writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
@@ -512,15 +542,14 @@ def demo(folder):
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
-    line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
     places = ["--data", corpus, "--model", f"{corpus}/encoder"]
-    return parse_args(
-        [*places, "--cache", f"{folder}/cache", "--out", f"{folder}/run", *line.split()]
-    )
+    places += ["--cache", f"{folder}/cache", "--out", f"{folder}/run"]
+    line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
+    return parse_args(places + line.split())
 
 
-POSITIVE = ["epochs", "batch_size", "eval_batch_size", "lr", "layers", "rank", "alpha"]
-POSITIVE += ["chunk", "workers"]
+# Options whose values are above 0, if given.
+POSITIVE = str.split("epochs batch_size eval_batch_size lr layers rank alpha chunk workers")
 
 
 def parse_args(argv):
@@ -536,8 +565,7 @@ def parse_args(argv):
     text = "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
-    text = "least and greatest label (1 7)"
-    add("--scale", nargs=2, type=float, default=[1.0, 7.0], metavar=("LOW", "HIGH"), help=text)
+    add("--scale", nargs=2, type=float, default=[1.0, 7.0], help="least, greatest label (1 7)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     names = "full", "partial", "lora"
@@ -572,17 +600,18 @@ def parse_args(argv):
 
 
 def refuse(error, args):
-    """`error` on combinations that make no sense."""
+    """Call `error`, which ends the program with a line, where options make no sense: first the
+    combinations, then single values."""
     if not (args.data and args.out):
         error("--data and --out are required (or --demo)")
-    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
-        error("--splits: three different splits; --attributes: each once")
     if args.method == "full" and (args.layers or args.freeze_embedding or args.cache):
         error("--method full trains all layers: no --layers, --freeze-embedding or --cache")
     if args.freeze_embedding and (args.method == "lora" or args.cache):
         error("--freeze-embedding: lora and --cache freeze the embedding anyway")
     if args.method != "lora" and (args.rank, args.alpha, args.lora_dropout) != (8, 16, 0.1):
         error("--rank, --alpha and --lora-dropout need --method lora")
+    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
+        error("--splits: three different splits; --attributes: each once")
     for key in POSITIVE:
         value = getattr(args, key)
         if value is not None and not 0 < value < math.inf:
@@ -596,11 +625,9 @@ def refuse(error, args):
 def resolve(args):
     """Fill in what depends on other arguments or on the machine."""
     args.device = models.choose_device(args.device)
-    args.why = "as asked"
-    if args.precision is None:
-        args.precision, args.why = choose_precision(args.device)
+    args.precision = args.precision or choose_precision(args.device)
     args.cached = args.cache is not None
-    args.freeze_embedding = args.freeze_embedding or args.cached
+    args.freeze_embedding |= args.cached
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     if args.method == "partial":
         args.layers = args.layers or 3
@@ -610,14 +637,13 @@ def resolve(args):
 
 
 def choose_precision(device):
-    """Mixed precision where it is faster, and the reason: without units for it, bf16 takes 22 times
-    as long as fp32 on a CPU."""
+    """Mixed precision where it is faster: fp16 on a GPU, as in the paper, and bf16 on a CPU that has
+    units for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
-        return "fp16", "as in the paper"
+        return "fp16"
     units = getattr(torch.cpu, "get_capabilities", dict)()
-    if units.get("avx512_bf16") or units.get("amx_bf16"):
-        return "bf16", "this CPU has units for it"
-    return "fp32", "this CPU has no units for bf16"
+    has_units = units.get("avx512_bf16") or units.get("amx_bf16")
+    return "bf16" if has_units else "fp32"
 
 
 def main(argv=None):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -290,7 +289,7 @@ def test_refuses_what_does_not_compare(tmp_path, capsys, changes, reason):
 
 def test_refuses_what_is_not_a_finished_run(tmp_path):
     """No folder, nothing but an encoder in it, and a run without result.json are refused, beside a
-    good run, too; the command says it in one line, and its exit status is 2."""
+    good run, too."""
     (write_run(tmp_path) / "result.json").unlink()
     (write_run(tmp_path / "x") / "config.json").write_text('{"model_type": "wav2vec2"}')
     good = write_run(tmp_path / "y")
@@ -298,9 +297,6 @@ def test_refuses_what_is_not_a_finished_run(tmp_path):
     for folder, reason in cases:
         with pytest.raises(ValueError, match=f"{folder}.*{reason}|{reason}.*{folder}"):
             stats.main([str(good), str(tmp_path / folder)])
-    command = [sys.executable, stats.__file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
 
 def damages():
@@ -309,7 +305,7 @@ def damages():
     good |= {"test": {"activation": 0.5, "valence": 0.5}, "fill_seconds": None}
     for key in [*stats.ROW, *stats.SAME, "seed", "train_seconds", "test", "device"]:
         yield {name: value for name, value in good.items() if name != key}
-    for key in [*stats.NUMBERS.split(), "train_seconds"]:
+    for key in [*stats.NUMBERS, "train_seconds"]:
         yield from (good | {key: value} for value in ("3", True, [1], float("nan"), 10**30, -9))
     for key in [*stats.ROW[:6], *stats.ROW[7:], "device"]:
         yield from (good | {key: value} for value in ([], {}))

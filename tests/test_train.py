@@ -241,7 +241,7 @@ def check_run(folder, epochs=1):
     split = result["splits"][2]
     assert {path.name for path in folder.iterdir()} == set(FILES.format(split).split())
     arguments = vars(train.parse_args(["--data", "x", "--out", "x"])).keys()
-    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume", "why"}
+    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume"}
     assert result.keys() == config.keys() | RESULT and not result["out_of_memory"]
     assert all(result[key] == config[key] for key in config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -285,7 +285,7 @@ def test_every_row(name, device, row, corpus, encoder, tmp_path):
         uncached = {result[key] is None for key in ("cache_contents", "fill_seconds", "cache")}
         assert uncached == {"cached" not in name}
         scaler = torch.load(folder / "last.pt", weights_only=True)["scaler"]
-        precision = train.choose_precision(device)[0]
+        precision = train.choose_precision(device)
         assert result["precision"] == precision and bool(scaler) == (precision == "fp16")
         assert device == "cpu" or result["device"] == torch.cuda.get_device_name()
 
