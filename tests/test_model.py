@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import DEPTH, WIDTH, read_csv, relative, step, tiny_config, tiny_encoder
+from conftest import DEPTH, WIDTH, read_csv, relative, step, tiny_config, tiny_encoder, tree
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
@@ -340,6 +340,15 @@ def amend(path, entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
+def write_encoder(folder, family, flags, normalise=True):
+    """A tiny encoder's folder, with more entries in its config.json -> the encoder."""
+    encoder = tiny_encoder(**FAMILIES[family])
+    encoder.save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=normalise).save_pretrained(folder)
+    amend(folder / "config.json", flags)
+    return encoder
+
+
 def write_old_layout(folder, lacking=None):
     """pytorch_model.bin as on the hub: Wav2Vec2ForPreTraining, with weight_g and weight_v."""
     config = tiny_config(num_codevectors_per_group=8, codevector_dim=16, proj_codevector_dim=16)
@@ -428,10 +437,7 @@ def test_running_flags_are_not_obeyed(flags, family, tmp_path):
     """With a config.json that asks for checkpointing, layer drop, SpecAugment, other outputs and
     another attention, a step in train mode runs each layer once and gives what the untouched
     encoder's in eval mode does, as its dropouts are 0."""
-    written = tiny_encoder(**FAMILIES[family])
-    written.save_pretrained(tmp_path)
-    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
-    amend(tmp_path / "config.json", FLAGS | flags)
+    written = write_encoder(tmp_path, family, FLAGS | flags)
     encoder, audio = models.load_encoder(str(tmp_path))
     model, calls = models.EmotionModel(encoder, dropout=0.0, **audio), []
     models.freeze(model, "full")
@@ -454,19 +460,20 @@ def test_digest():
     changes = [{}, {"num_attention_heads": 2}, {"layer_norm_eps": 1e-3}, {"hidden_act": "relu"}]
     changes += [{"conv_stride": (5, 2, 2, 2, 2, 2, 1)}, {"feat_extract_activation": "relu"}]
     changes += [{"feat_extract_norm": "layer"}, {"do_stable_layer_norm": True}]
-    changes += [{"model_type": "unispeech"}, *({name: 0.3} for name in DROPOUTS)]
+    changes += [{"model_type": "unispeech"}, {"max_bucket_distance": 90}]
+    changes += [{name: 0.3} for name in DROPOUTS]
+    encoder = tiny_encoder(kind="WavLM")
     found = []
-    for kind, more in (("Wav2Vec2", {}), ("WavLM", {"max_bucket_distance": 90})):
-        first = tiny_encoder(kind=kind)
-        for change in [*changes, *([more] if more else [])]:
-            encoder = copy.deepcopy(first)  # equal weights, even where the class has others
-            encoder.config.update(change)
-            found.append(models.digest(encoder))
-    assert len(set(found)) == len(found) == 27
-    first.masked_spec_embed.data += 1
-    assert models.digest(first) == found[13]
-    first.encoder.layers[3].final_layer_norm.bias.data[0] += 1e-6
-    assert models.digest(first) not in found
+    for change in changes:
+        changed = copy.deepcopy(encoder)  # equal weights, even where the class has others
+        changed.config.update(change)
+        found.append(models.digest(changed))
+    found.append(models.digest(tiny_encoder()))
+    assert len(set(found)) == len(found) == 15
+    encoder.masked_spec_embed.data += 1
+    assert models.digest(encoder) == found[0]
+    encoder.encoder.layers[3].final_layer_norm.bias.data[0] += 1e-6
+    assert models.digest(encoder) not in found
 
 
 # ---- what it takes ----
@@ -536,10 +543,7 @@ def test_loop_of_ones_own():
 def run(request, launch, tmp_path_factory):
     """A run in exact padding and float32; steps so large that every trained part has moved."""
     (method, family), folder = request.param, tmp_path_factory.mktemp("run")
-    tiny_encoder(**FAMILIES[family]).save_pretrained(folder / "encoder")
-    amend(folder / "encoder" / "config.json", FLAGS)
-    sound = transformers.Wav2Vec2FeatureExtractor(do_normalize=family != "wavlm base")
-    sound.save_pretrained(folder / "encoder")
+    write_encoder(folder / "encoder", family, FLAGS, normalise=family != "wavlm base")
     options = ["--method", method, "--lr", 0.01, "--padding", "exact", "--dropout", 0.3]
     if method == "lora":
         options += ["--rank", 4, "--alpha", 12, "--lora-dropout", 0.4]
@@ -584,13 +588,13 @@ def test_saved_run(run, corpus, score):
     assert model.dropout.p == 0.3
     for lora in [m for m in model.modules() if isinstance(m, models.LoRALinear)]:
         assert (len(lora.lora_a), lora.scale, lora.dropout.p) == (4, 3, 0.4)
-    expected = read_csv(run / "predictions-Test1.csv")
     found = {row["FileName"]: row for row in score(run, f"{corpus}/Audios")}
+    expected = {row["FileName"]: row for row in read_csv(run / "predictions-Test1.csv")}
     assert (len(expected), len(found)) == (8, 28)
-    for row in expected:
+    for name in expected:
         for column in ("Act", "Val"):
-            value = float(row[column])
-            assert float(found[row["FileName"]][column]) == pytest.approx(value, abs=1e-4)
+            value = float(expected[name][column])
+            assert float(found[name][column]) == pytest.approx(value, abs=1e-4)
 
 
 @torch.no_grad()
@@ -631,10 +635,10 @@ def test_exported_folder(small, encoder, tmp_path, monkeypatch):
     words = ["activation, valence", "1 to 7", "paper padding", encoder, str(score)]
     words += [str(tmp_path / "out"), "Score each file alone"]
     assert [word for word in words if word not in card] == []
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = tree(tmp_path)
     with pytest.raises((ValueError, OSError), match="out"):
         export()
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert tree(tmp_path) == before
     shutil.rmtree(tmp_path / "out")
 
     def fail(*_):
@@ -695,14 +699,11 @@ def test_windows(small, score, tmp_path):
 
 def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
     """`predict` goes on past a file that cannot be used: a line on stderr each, status 1."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    good = min(Path(corpus, "Audios").glob("*.wav"))
     for name in ("1.wav", "3.wav"):
-        shutil.copy(good, folder / name)
-    (folder / "2.wav").write_bytes(b"no sound")
+        shutil.copy(min(Path(corpus, "Audios").glob("*.wav")), tmp_path / name)
+    (tmp_path / "2.wav").write_bytes(b"no sound")
     with pytest.raises(SystemExit) as left:
-        predict(small, folder)
+        predict(small, tmp_path)
     out, err = capfd.readouterr()
     assert left.value.code == 1 and err.count("2.wav") == 1
     assert [line.split(",")[0] for line in out.splitlines()] == ["FileName", "1.wav", "3.wav"]
@@ -712,40 +713,39 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
     """--csv replaces an earlier file of its own; a label file and a recording stay as they are."""
     shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
     sound = min(tmp_path.glob("Audios/*.wav"))
+    before = tree(tmp_path)
     for path in (tmp_path / "Labels/labels_consensus.csv", sound):
-        before = path.read_bytes()
         with pytest.raises(ValueError, match=path.name):
             predict(small, sound, "--csv", path)
-        assert path.read_bytes() == before
+    assert tree(tmp_path) == before
     for _ in range(2):
         predict(small, sound, "--csv", tmp_path / "own.csv")
     assert len(read_csv(tmp_path / "own.csv")) == 1
 
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
-    """--data and --split with labels of 1 to 5 write them on the run's scale, 1 to 7, and ccc.py
-    scores the file; --data without --scale takes the run's."""
-    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
-    labels = tmp_path / "Labels/labels_consensus.csv"
-    target = {}
+    """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
+    left out, and mapped where they are from 1 to 5. ccc.py scores the file. --data with files, and
+    its options without it, are refused."""
+    expected = score(small, "--data", corpus, "--split", "Development")
+    rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")
+    rows = [row for row in rows if row["Split_Set"] == "Development"]
     lines = ["FileName,EmoAct,EmoVal,SpkrID,Split_Set"]
-    for row in read_csv(labels):
-        if row["Split_Set"] == "Development":
-            act, val = target[row["FileName"]] = float(row["EmoAct"]), float(row["EmoVal"])
-            small_scale = f"{1 + (act - 1) * 4 / 6:.6f},{1 + (val - 1) * 4 / 6:.6f}"
-            lines.append(f"{row['FileName']},{small_scale},1,Test2")
-    alone = {row["FileName"]: row for row in score(small, f"{corpus}/Audios")}
-    labels.write_text("\n".join(lines))
+    for row, scored in zip(rows, expected, strict=True):
+        labels = [float(row["EmoAct"]), float(row["EmoVal"])]
+        assert [float(scored["EmoAct"]), float(scored["EmoVal"])] == pytest.approx(labels, abs=1e-5)
+        act, val = (1 + (label - 1) * 4 / 6 for label in labels)
+        lines.append(f"{row['FileName']},{act:.6f},{val:.6f},1,Test2")
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "Labels/labels_consensus.csv").write_text("\n".join(lines))
     options = ["--data", tmp_path, "--split", "Test2", "--scale", 1, 5]
-    found = score(small, *options)
-    assert len(found) == 8
-    for row in found:
-        values = float(row["EmoAct"]), float(row["EmoVal"])
-        assert values == pytest.approx(target[row["FileName"]], abs=1e-5)
-        assert row["Act"] == alone[row["FileName"]]["Act"]
+    for row, other in zip(score(small, *options), expected, strict=True):
+        assert row.pop("FileName") == other.pop("FileName") and row["Act"] == other["Act"]
+        numbers = {key: float(value) for key, value in other.items()}
+        assert {key: float(row[key]) for key in row} == pytest.approx(numbers, abs=1e-5)
     capfd.readouterr()
     ccc.main([str(tmp_path / "scores.csv")])
     assert capfd.readouterr().out.startswith("n 8  Act ")
-    for wrong in ([labels, *options], [], [labels, "--split", "Test2"], [labels, *options[4:]]):
+    for wrong in ([corpus, *options], [], [corpus, *options[2:4]], [corpus, *options[4:]]):
         with pytest.raises(SystemExit):
             predict(small, *wrong)
