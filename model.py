@@ -478,14 +478,15 @@ def load_run(run, name=None):
 
 @contextlib.contextmanager
 def blame(path):
-    """Whatever a missing, damaged or foreign file makes of its reader is one line that names it."""
+    """Whatever is raised because a file is damaged or foreign becomes one line that names it."""
     try:
         yield path
     except OSError:
         raise  # It names its file itself.
     except Exception as error:
-        text = f"'{path}' is damaged, or not of this version: {first_line(error)}"
-        raise ValueError(text) from error
+        raise ValueError(
+            f"'{path}' is damaged, or not of this version: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

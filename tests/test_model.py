@@ -536,6 +536,17 @@ def test_loop_of_ones_own():
     assert loss.item() < 0.4
 
 
+FULL = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("ALLOC_FAILED")]
+
+
+@pytest.mark.parametrize("error", [*FULL, RuntimeError("shapes differ")], ids=repr)
+def test_explain_memory(error):
+    """Full memory, with words or without, is an error with advice; any other error stays as it is."""
+    expected = (MemoryError, "out of memory: less") if error in FULL else (RuntimeError, "differ")
+    with pytest.raises(expected[0], match=expected[1]), models.explain_memory("less"):
+        raise error
+
+
 # ---- runs ----
 
 
