@@ -5,7 +5,8 @@
     python ccc.py runs/partial3/predictions-Test1.csv
     python ccc.py predictions.csv --labels MSP-Podcast/Labels/labels_consensus.csv
 
-In comments: B batch, N utterances, A attributes.
+In comments: B batch, N utterances, A attributes. The last function, `shell`, has nothing to do with
+the CCC: all six scripts are started by it.
 """
 
 import argparse
@@ -17,11 +18,16 @@ import torch
 def ccc(pred, target, eps=1e-8):
     """Lin's CCC along dimension 0: 2 covariance / (variances + (difference of the means)²).
 
-    pred, target : float tensors (N, ...) of one shape and in the same unit. Returns (...), at least
-    float32: half precision is cast up first, so autocast around it changes nothing. ValueError for
-    two shapes, as broadcasting (N, 1) against (N,) would compare everybody with everybody.
-    Our choice: population moments (1/n, Lin 1989), as mixing in 1/(n - 1) makes ccc(x, x) not 1;
-    `eps`: where both are one constant, 0 and finite gradients, not NaN.
+    pred, target : float tensors (N, ...) of one shape and in the same unit. Returns (...), in float32
+    or better, because half precision is cast up first. So autocast around it changes nothing.
+
+    ValueError where the shapes differ. PyTorch would broadcast (N, 1) against (N,) to (N, N), and so
+    compare every prediction with every label.
+
+    Two choices of ours, where the paper is silent. Variances and covariance are those of the
+    population, means over all n as Lin (1989) defines them: were one divided by n - 1 and the other
+    by n, ccc(x, x) would not be 1. And `eps` is added to the denominator, which is 0 if predictions
+    and labels are the same constant: the CCC is then 0 with finite gradients, and not NaN.
     """
     if pred.shape != target.shape:
         raise ValueError(f"predictions {tuple(pred.shape)}, but targets {tuple(target.shape)}")
@@ -39,8 +45,9 @@ def ccc(pred, target, eps=1e-8):
 def ccc_loss(pred, target):
     """Mean over attributes of 1 - CCC: pred, target (B, A) -> scalar.
 
-    It needs the means of the whole batch, so a batch must not be split for it: predictions 0 1 0 1
-    for labels 0 1 5 6 have a loss of .96, their two halves 0 and .98, .49 on average.
+    The CCC needs the means of the whole batch, so the loss of a batch is not the mean of its parts'
+    losses, and a batch must not be split for it. An example: predictions 0 1 0 1 for labels 0 1 5 6
+    have a loss of .96. The first half alone has 0 and the second .98, which is .49 on average.
     """
     return (1 - ccc(pred, target)).mean()
 
@@ -58,23 +65,30 @@ def read_csv(path):
     return table
 
 
-def score_file(path, labels=None):
-    """(number of utterances, {column: CCC}) of a predictions file: FileName and any of Act, Val,
-    Dom. Its labels are EmoAct, EmoVal, EmoDom on the same scale, there or in the file `labels`."""
+def print_scores(path, labels=None):
+    """Print the number of utterances and each CCC of a predictions file: FileName and any of Act,
+    Val, Dom. Its labels are EmoAct, EmoVal, EmoDom on the same scale, there or in the file `labels`.
+    """
     pred = read_csv(path)
     target = read_csv(labels or path)
-    columns = [c for c in ("Act", "Val", "Dom") if c in next(iter(pred.values()))]
+    header = next(iter(pred.values()))
+    columns = [column for column in ("Act", "Val", "Dom") if column in header]
     pairs = []
     for name, row in pred.items():
         try:
             pairs.append([(float(row[c]), float(target[name][f"Emo{c}"])) for c in columns])
         except (KeyError, TypeError, ValueError) as error:
-            text = f"'{path}': {name!r} lacks a prediction or label ({error}); --labels FILE?"
-            raise ValueError(text) from error
+            raise ValueError(
+                f"'{path}': {name!r} lacks a prediction or label ({error}); --labels FILE?"
+            ) from error
     pairs = torch.tensor(pairs, dtype=torch.float64)  # (N, A, 2)
     if not (columns and pairs.isfinite().all()):
         raise ValueError(f"'{path}': no column Act, Val or Dom, or NaN or infinity in them")
-    return len(pred), dict(zip(columns, ccc(*pairs.unbind(2)).tolist(), strict=True))
+    scores = ccc(pairs[..., 0], pairs[..., 1])
+    cells = [f"n {len(pred)}"]
+    for column, score in zip(columns, scores, strict=True):
+        cells.append(f"{column} {score:z.4f}")  # With z, no score is printed as -0.0000.
+    print("  ".join(cells))
 
 
 def main(argv=None):
@@ -82,14 +96,16 @@ def main(argv=None):
     parser.add_argument("predictions", help="CSV file: FileName and any of Act, Val, Dom")
     parser.add_argument("--labels", help="CSV file: EmoAct, EmoVal, EmoDom, if that has none")
     args = parser.parse_args(argv)
-    n, scores = score_file(args.predictions, args.labels)
-    print(f"n {n}", *(f"{column} {score:z.4f}" for column, score in scores.items()), sep="  ")
+    print_scores(args.predictions, args.labels)
 
 
 def shell(main):
-    """Run a script's main: bad input is one line and exit status 2, Ctrl-C a word and 130. It is
-    the outermost try, because an interrupt may strike while another error becomes its line."""
-    leave = argparse.ArgumentParser().exit
+    """Start the main of any of the six scripts: bad input becomes one line and exit status 2, Ctrl-C
+    a line and 130. It stands here because this file imports least, and none of the other five.
+
+    An interrupt may strike while another error becomes its line, so its try is the outermost.
+    """
+    leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
     try:
         try:
             main()

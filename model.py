@@ -3,8 +3,8 @@ and saving (section IV).
 
 The one idea: waveform -> CNN -> stages 0 to L -> mean -> head. Stage 0 is the embedding (projection,
 positional convolution, LayerNorm), and stages 1 to L are the L transformer layers in the paper's
-count. The cut says where the model falls apart: `prefix` is the CNN and the stages before the cut,
-without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
+count. The cut is the stage at which the model is divided: `prefix` is the CNN and the stages before
+the cut, without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
     full, and partial as the paper's    cut 0: the embedding is trained, so a gradient must reach it
     last 3, embedding frozen or cached  cut 10: nothing before stage 10 is trained
@@ -46,7 +46,8 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 
 class EmotionModel(nn.Module):
     """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer whose
-    every output is one of the paper's heads (section IV-A).
+    every output is one of the paper's heads (section IV-A). In Hugging Face's names, the encoder's
+    `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut needs
     no gradient. Frozen stages may lie behind it, too: in partial finetuning as the paper's, the
@@ -59,8 +60,12 @@ class EmotionModel(nn.Module):
         frames are zero before the positional convolution, masked in attention and left out of the
         mean. So a prediction is what it would be alone (our choice, beside the paper's).
 
-    Waveforms are normalised in `prefix`, if the checkpoint's preprocessor says so. SpecAugment, layer
-    drop and checkpointing are off, whatever config.json says: no cache could have them (our choice).
+    `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on. load_encoder
+    reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`. The model
+    normalises waveforms itself, in `prefix`.
+
+    SpecAugment, layer drop and checkpointing are off, whatever config.json says: no cache could have
+    them (our choice).
     """
 
     # Raise it whenever what `prefix` computes changes: older caches are then refused.
@@ -81,9 +86,9 @@ class EmotionModel(nn.Module):
         self.encoder = encoder
         self.attributes = tuple(attributes)
         self.padding = padding
-        self.sample_rate = sample_rate  # Of the waveforms it takes, in Hz.
+        self.sample_rate = sample_rate
         self.normalise = normalise
-        self.cut = 0  # as for full finetuning
+        self.cut = 0  # As for full finetuning, until `freeze` sets another.
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
         self.is_wavlm = encoder.config.model_type == "wavlm"
@@ -92,9 +97,12 @@ class EmotionModel(nn.Module):
         encoder.feature_extractor.requires_grad_(False)  # The CNN is frozen in every row (IV-A).
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
-        if self.is_wavlm:
-            replace_attention(encoder)
-        else:
+            if self.is_wavlm:
+                # WavLM's own attention reads the weights of q_proj and v_proj, and never calls the
+                # two. So it would pass by a LoRALinear in their place.
+                attend = MethodType(wavlm_attention, layer.attention)
+                layer.attention.torch_multi_head_self_attention = attend
+        if not self.is_wavlm:
             encoder.set_attn_implementation("sdpa")  # It takes our mask of booleans as it is.
 
     def forward(self, wave, samples):
@@ -125,7 +133,7 @@ class EmotionModel(nn.Module):
         hidden = self.run_stages(hidden, mask, stages)
         if self.norm_last:
             hidden = self.encoder.encoder.layer_norm(hidden)
-        # Half precision would round a prediction to 8 or 11 bits: what follows is in float32.
+        # Half precision would round a prediction to 8 or 11 bits, so what follows is in float32.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(self.dropout(self.pool(hidden.float(), mask)))
 
@@ -139,7 +147,9 @@ class EmotionModel(nn.Module):
     def embedding(self):
         """The modules of stage 0 that have weights."""
         parts = [self.encoder.feature_projection, self.encoder.encoder.pos_conv_embed]
-        return parts if self.norm_last else [*parts, self.encoder.encoder.layer_norm]
+        if not self.norm_last:
+            parts.append(self.encoder.encoder.layer_norm)
+        return parts
 
     def train(self, mode=True):
         """Parts without a trainable parameter stay in eval mode: "the output of frozen layers does
@@ -211,26 +221,22 @@ class EmotionModel(nn.Module):
     def run_stages(self, hidden, mask, stages):
         """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
         hidden = hidden.float()
-        options = self.attention_options(hidden, mask)
+        layers = self.encoder.encoder.layers
+        options = {}  # What a transformer layer takes beside the hidden states.
+        if mask is not None:
+            options["attention_mask"] = mask[:, None, None]  # (B, 1, 1, T): all heads, all queries.
+        if self.is_wavlm:
+            # The first layer holds the position biases (heads, T, T) of all layers. Each layer
+            # multiplies them by a gate of its own.
+            longest = hidden.shape[1]
+            bias = layers[0].attention.compute_bias(longest, longest)
+            options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
         for stage in stages:
             if stage == 0:
                 hidden = self.embed(hidden, mask)
             else:
-                layer = self.encoder.encoder.layers[stage - 1]
-                hidden = first_of(layer(hidden, **options))
+                hidden = first_of(layers[stage - 1](hidden, **options))
         return hidden
-
-    def attention_options(self, hidden, mask):
-        """What a transformer layer takes beside the hidden states."""
-        if mask is not None:
-            mask = mask[:, None, None]  # (B, 1, 1, T), for every head and query.
-        options = {"attention_mask": mask}
-        if self.is_wavlm:
-            # Its layer 1 has the position biases (heads, T, T) of all layers, and each gates them.
-            attention = self.encoder.encoder.layers[0].attention
-            bias = attention.compute_bias(hidden.shape[1], hidden.shape[1])
-            options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
-        return options
 
 
 def check_batch(inputs, lengths):
@@ -247,23 +253,15 @@ def first_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def replace_attention(encoder):
-    """WavLM's own attention reads the weights of q_proj and v_proj itself, and never calls them. So
-    it would pass by a LoRALinear in their place."""
-    for layer in encoder.encoder.layers:
-        attend = MethodType(wavlm_attention, layer.attention)
-        layer.attention.torch_multi_head_self_attention = attend
-
-
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D) with its gated bias (B heads, T, T)."""
+    """WavLM's attention of hidden (B, T, D), with `position_bias` (B heads, T, T) gated already."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
         split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
     if mask is not None:
-        # Not in position_bias, which each layer multiplies by a gate: its gradient would be NaN.
+        # The mask cannot be in position_bias, as its gate's gradient would be 0 times infinity, NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
@@ -317,7 +315,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     check_freeze(model, method, layers, depth)
     model.encoder.requires_grad_(False)
     last = transformer.layers[depth - layers :]
-    train_embedding = method != "lora" and not freeze_embedding
+    model.cut = depth - layers + 1  # The stage of the first of these layers.
     if method == "lora":
         for layer in last:
             for name in ("q_proj", "v_proj"):
@@ -327,9 +325,10 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
         last.requires_grad_(True)
         if model.norm_last:
             transformer.layer_norm.requires_grad_(True)
-    for part in model.embedding() if train_embedding else ():
-        part.requires_grad_(True)
-    model.cut = 0 if train_embedding else depth - layers + 1
+        if not freeze_embedding:
+            model.cut = 0
+            for part in model.embedding():
+                part.requires_grad_(True)
     model.train(model.training)  # Now it is known which parts are frozen, and stay in eval mode.
 
 
@@ -350,8 +349,14 @@ def trainable(model):
 # ---- load an encoder ----
 
 # What a config.json may say of how to run, not of what the weights compute. None of it is obeyed.
-IGNORED = {"gradient_checkpointing": False, "layerdrop": 0.0, "apply_spec_augment": False}
-IGNORED |= {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+IGNORED = {
+    "gradient_checkpointing": False,
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
 # What it says, beside the shapes of the weights, that changes a number.
 HASHED = """model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
     feat_extract_activation do_stable_layer_norm max_bucket_distance attention_dropout
@@ -359,9 +364,12 @@ HASHED = """model_type num_attention_heads layer_norm_eps hidden_act conv_stride
 
 
 def load_encoder(name):
-    """Hub id or local folder -> encoder in float32, and {"sample_rate": Hz, "normalise": bool} of
-    its preprocessor, for EmotionModel. ValueError for what no row can be trained from, OSError
-    where nothing loads; in one line."""
+    """Hub id or local folder -> encoder in float32, and `audio`, what its preprocessor says of the
+    waveforms it takes: {"sample_rate": Hz, "normalise": bool}. These are keyword arguments of the
+    model: EmotionModel(encoder, **audio).
+
+    ValueError where an encoder cannot be trained here, OSError where nothing loads, each of one line.
+    """
     config = read_config(name)
     encoder, report = from_pretrained(
         transformers.AutoModel,
@@ -376,10 +384,11 @@ def load_encoder(name):
     lacking -= {"masked_spec_embed"}  # It is SpecAugment's, and nothing here uses it.
     if lacking:
         raise ValueError(f"'{name}': {len(lacking)} weights missing or misshapen: {min(lacking)} …")
-    sound = from_pretrained(transformers.AutoFeatureExtractor, name)
-    if sound.sampling_rate not in range(4000, 192001):
+    extractor = from_pretrained(transformers.AutoFeatureExtractor, name)
+    rate = extractor.sampling_rate
+    if rate not in range(4000, 192001):
         raise ValueError(f"'{name}': preprocessor_config.json lacks a sampling_rate in Hz")
-    return encoder, {"sample_rate": sound.sampling_rate, "normalise": bool(sound.do_normalize)}
+    return encoder, {"sample_rate": rate, "normalise": bool(extractor.do_normalize)}
 
 
 def read_config(name):
@@ -410,13 +419,14 @@ def from_pretrained(auto, name, **options):
 
 
 def digest(encoder):
-    """SHA-256 of all that an encoder's numbers come from: its weights and its configuration."""
+    """SHA-256 of an encoder, of all that its numbers come from: the weights, and of its configuration
+    what HASHED names. A run and a cache so know the encoder that they were made with."""
     settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
-    found = hashlib.sha256(json.dumps(settings).encode())
+    sha256 = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
-            found.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
+            sha256.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 # ---- load a run ----
@@ -430,15 +440,19 @@ def load_trained(model, weights):
 
 
 def build(encoder, audio, settings):
-    """An EmotionModel, built and frozen by the arguments of a run."""
-
-    def pick(words):
-        return {key: settings[key] for key in words.split()}
-
-    model = EmotionModel(encoder, **pick("attributes dropout padding"), **audio)
-    model.encoder_sha256 = digest(encoder)  # before adapters come into it
+    """An EmotionModel, built and frozen as {name: value} of a run's arguments say. `encoder, audio`
+    are what load_encoder returns."""
+    model = EmotionModel(
+        encoder,
+        settings["attributes"],
+        settings["dropout"],
+        settings["padding"],
+        **audio,
+    )
+    model.encoder_sha256 = digest(encoder)  # It is taken before adapters come into the encoder.
     model.scale = settings["scale"]
-    freeze(model, **pick("method layers freeze_embedding rank alpha lora_dropout"))
+    keys = ["method", "layers", "freeze_embedding", "rank", "alpha", "lora_dropout"]
+    freeze(model, **{key: settings[key] for key in keys})
     return model
 
 
@@ -464,14 +478,15 @@ def load_run(run, name=None):
 
 @contextlib.contextmanager
 def blame(path):
-    """Whatever a missing, damaged or foreign file makes of its reader is one line that names it."""
+    """Whatever is raised because a file is damaged or foreign becomes one line that names it."""
     try:
         yield path
     except OSError:
         raise  # It names its file itself.
     except Exception as error:
-        text = f"'{path}' is damaged, or not of this version: {first_line(error)}"
-        raise ValueError(text) from error
+        raise ValueError(
+            f"'{path}' is damaged, or not of this version: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -480,8 +495,14 @@ def explain_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = ["out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine"]
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        words = [
+            "MemoryError",
+            "out of memory",
+            "allocate memory",
+            "ALLOC_FAILED",
+            "unable to find an engine",  # cuDNN's
+        ]
+        if not any(word in repr(error) for word in words):
             raise
         raise MemoryError(f"out of memory: {advice}") from error
 
@@ -493,44 +514,58 @@ def first_line(error):
 # ---- command line ----
 
 
-@torch.no_grad()
 def predict(args):
-    """Write FileName and each attribute, on the run's scale, of every file or window. A file that
-    cannot be used is a line on stderr, and status 1 at the end."""
-    import data  # the command's own need, not the part to copy
+    """Write FileName and each attribute, on the run's scale, of every file or window; of a corpus
+    the labels, too. A file that cannot be used is a line on stderr, and status 1 at the end."""
+    import data  # Only the command needs it, and no part of what is copied.
 
-    model = load_run(args.run, args.model).to(args.device)
+    model = load_run(args.run, args.model).to(choose_device(args.device))
     low, high = model.scale
-    if args.data:
-        how = model.attributes, args.scale or model.scale
-        utterances = data.load_corpus(args.data, [args.split or "Test1"], *how)
-    else:
-        utterances = data.find_audio(args.audio)
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
-    labels = [f"Emo{column}" for column in columns if args.data]
-    bounds = ["Start", "End"] if args.window else []
-    failed = 0
-    with open_csv(args.csv, ["FileName", *bounds, *columns, *labels]) as writer:
+    header = ["FileName"]
+    if args.window:
+        header += ["Start", "End"]
+    header += columns
+    if args.data:
+        header += [f"Emo{column}" for column in columns]
+        split = args.split or "Test1"
+        scale = args.scale or model.scale
+        utterances = data.load_corpus(args.data, [split], model.attributes, scale)
+    else:
+        utterances = data.find_audio(args.audio)
+    failed = False
+    with open_csv(args.csv, header) as writer:
+        # On a terminal, rows and a bar would mix. None shows a bar only where stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
-            pieces = [()]
             try:
-                if args.window:
-                    pieces = windows(data.duration(u.path), args.window, args.hop)
-                for times in pieces:
-                    wave = data.load_audio(u.path, model.sample_rate, *times)
-                    if data.is_constant(wave):
-                        tqdm.write(f"note: constant sound: '{u.path}' {times or ''}", sys.stderr)
-                    wave = torch.from_numpy(wave).to(args.device)
-                    scores = [*model(wave[None], [len(wave)])[0].tolist(), *u.labels]  # 0 to 1
-                    values = [*times, *(low + (high - low) * score for score in scores)]
+                for bounds, scores in score_file(model, u.path, args.window, args.hop):
+                    units = [*scores, *u.labels]  # Both are on 0 to 1; only a corpus has labels.
+                    values = [*bounds, *(low + (high - low) * unit for unit in units)]
                     writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
             except ValueError as error:
-                failed += 1
+                failed = True
                 tqdm.write(str(error), sys.stderr)
     if failed:
         raise SystemExit(1)
+
+
+@torch.no_grad()
+def score_file(model, path, window=None, hop=None):
+    """Yield (bounds, scores) of a file, or of each of its windows. Bounds are () or (start, stop) in
+    seconds, and scores are floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
+    import data
+
+    pieces = [()]
+    if window:
+        pieces = windows(data.duration(path), window, hop)
+    for bounds in pieces:
+        wave = data.load_audio(path, model.sample_rate, *bounds)
+        if data.is_constant(wave):
+            tqdm.write(f"note: constant sound: '{path}' {bounds or ''}", sys.stderr)
+        wave = torch.from_numpy(wave).to(model.head.weight.device)
+        yield bounds, model(wave[None], [len(wave)])[0].tolist()
 
 
 def windows(seconds, length, hop):
@@ -541,17 +576,18 @@ def windows(seconds, length, hop):
 
 @contextlib.contextmanager
 def open_csv(path, header):
-    """A csv.writer on the terminal or a file, which is new or replaces one of the same columns."""
+    """A csv.writer on a file, or where there is no path on the terminal. What stands in the file's
+    place is replaced only if it has the same header: a recording or a label file is not lost."""
     start = ",".join(header) + "\n"
-    if (
-        path
-        and os.path.exists(path)
-        and not Path(path).read_text(errors="replace").startswith(start)
-    ):
-        raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
-    how = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # as names on disk
+    if path and os.path.exists(path):
+        old = Path(path).read_text(errors="replace")
+        if not old.startswith(start):
+            raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
+    # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
+    # once, so that one sees it before the next file is scored.
+    options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
     try:
-        with open(path or 1, "w", closefd=bool(path), **how) as file:
+        with open(path or 1, "w", closefd=bool(path), **options) as file:  # 1: standard output
             file.write(start)
             yield csv.writer(file, lineterminator="\n")
     except OSError as error:
@@ -568,36 +604,44 @@ def export(args):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merge())
     config = model.encoder.config
-    config.update({"classifier_proj_size": config.hidden_size, "use_weighted_layer_sum": False})
-    config.problem_type = "regression"
-    config.id2label = dict(enumerate(model.attributes))
-    config.label2id = {name: i for i, name in config.id2label.items()}
+    config.update(
+        {
+            "classifier_proj_size": config.hidden_size,
+            "use_weighted_layer_sum": False,
+            "problem_type": "regression",
+            "id2label": dict(enumerate(model.attributes)),
+            "label2id": {name: i for i, name in enumerate(model.attributes)},
+        }
+    )
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
-    exported.classifier.load_state_dict(model.head.state_dict())
-    nn.init.eye_(exported.projector.weight)  # We have no projector.
+    exported.classifier = model.head
+    # Hugging Face has a linear layer before the mean, and we have none: ours is the identity.
+    nn.init.eye_(exported.projector.weight)
     nn.init.zeros_(exported.projector.bias)
     # With a mask, a batch of files is scored as each alone, unless the CNN normalises over time.
-    mask = model.padding == "exact" and config.feat_extract_norm == "layer"
-    sound = {"do_normalize": model.normalise, "sampling_rate": model.sample_rate}
-    sound = transformers.Wav2Vec2FeatureExtractor(**sound, return_attention_mask=mask)
+    masked = model.padding == "exact" and config.feat_extract_norm == "layer"
+    extractor = transformers.Wav2Vec2FeatureExtractor(
+        sampling_rate=model.sample_rate,
+        do_normalize=model.normalise,
+        return_attention_mask=masked,
+    )
     with data.new_folder(args.out) as folder:
         exported.save_pretrained(folder)
-        sound.save_pretrained(folder)
-        Path(folder, "README.md").write_text(describe(args, model, mask))
+        extractor.save_pretrained(folder)
+        Path(folder, "README.md").write_text(describe(args, model, masked))
 
 
-def describe(args, model, mask):
-    """The model card of an exported run."""
+def describe(args, model, masked):
+    """The model card of an exported run; `masked`: whether its files may be scored in batches."""
     low, high = model.scale
     with blame(Path(args.run, "result.json")) as path:
         facts = json.loads(path.read_text())
-        scores = facts["test"]
-    return f"""# Emotion in speech: {", ".join(model.attributes)}
+        return f"""# Emotion in speech: {", ".join(model.attributes)}
 
-{facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {scores}.
+{facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {facts["test"]}.
 A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
-{"Files may be scored in batches." if mask else "Score each file alone: padding changes the score."}
+{"Files may be scored in batches." if masked else "Score each file alone: padding changes the score."}
 
 ```python
 from transformers import pipeline
@@ -610,20 +654,24 @@ print(score("clip.wav", function_to_apply="none", top_k=None))
 def params(args):
     """Print trainable parameters of every row of Table I, from shapes alone."""
     config = read_config(args.model) if args.model else transformers.Wav2Vec2Config()
-    counts = range(min(3, config.num_hidden_layers), 0, -1)
-    rows = [("partial", n, frozen) for frozen in (False, True) for n in counts]
-    for method, layers, frozen in [("full", None, False), *rows, ("lora", None, False)]:
-        with blame(args.model), torch.device("meta"):  # Shapes only, no memory.
-            model = EmotionModel(transformers.AutoModel.from_config(config))
-            total = sum(p.numel() for p in model.encoder.parameters())
-            freeze(model, method, layers, frozen)
+    with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
+        model = EmotionModel(transformers.AutoModel.from_config(config))
+    total = sum(p.numel() for p in model.encoder.parameters())
+    counts = range(min(3, len(model.encoder.encoder.layers)), 0, -1)
+    partial = [("partial", n, frozen) for frozen in (False, True) for n in counts]
+    # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
+    for method, layers, frozen in [("full", None, False), *partial, ("lora", None, False)]:
+        freeze(model, method, layers, frozen)
         count = sum(p.numel() for p in trainable(model).values())
-        name = f"{method} {layers or 'all'}" + (", embedding frozen" if frozen else "")
+        name = f"{method} {layers or 'all'}"
+        if frozen:
+            name += ", embedding frozen"
         print(f"{count:12,}  {count / total:6.1%} of the encoder  {name}")
 
 
 def choose_device(name):
-    """ "cpu", or "cuda" with this process's own GPU. ValueError where there is none."""
+    """Whether to run on the "cpu" or on "cuda": auto takes a GPU if there is one. Of several GPUs, the
+    one of this process is made the current one. ValueError where there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     gpus = torch.cuda.device_count()
@@ -638,17 +686,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     where = "the run's encoder, if no longer where it was"
-    add = commands.add_parser(
-        "predict", help="score files, each alone, on the run's scale"
-    ).add_argument
+    text = "score files, each alone, on the run's scale"
+    add = commands.add_parser("predict", help=text).add_argument
     add("run", help="a run folder of train.py")
     # With nargs "*", argparse would take no file at all where an option stands before the files.
-    add("audio", nargs="+", help="audio files, and folders of them").required = False
+    files = add("audio", nargs="+", help="audio files, and folders of them")
+    files.required = False
     add("--csv", help="write here instead of the terminal")
     add("--window", type=float, metavar="S", help="score pieces of so many seconds")
-    add(
-        "--hop", type=float, metavar="S", help="from one piece's start to the next one's (--window)"
-    )
+    add("--hop", type=float, metavar="S", help="from one piece's start to the next's (--window)")
     add("--data", help="score a split of this corpus, and write its labels beside")
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
@@ -662,8 +708,8 @@ def main(argv=None):
     add("--model", help="another encoder than wav2vec2-base")
     args = parser.parse_args(argv)
     if args.command == "predict":
-        args.device = choose_device(args.device)
-        args.hop = args.window if args.hop is None else args.hop
+        if args.hop is None:
+            args.hop = args.window
         if bool(args.audio) == bool(args.data):
             parser.error("predict takes audio, or --data")
         if (args.split or args.scale) and not args.data:
