@@ -80,8 +80,7 @@ def fit(args, model, datasets, config):
             weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             best = {"epoch": epoch, "dev": scores, "weights": weights}
         save_epoch(args, config, history, best, model, optimizer, scaler)
-        text = f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {args.splits[1]} {show(scores)}"
-        print(f"{text}{' (best)' * is_best}, {end - start:.1f} s", flush=True)
+        report_epoch(line, is_best, args)
     model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
     if RANK == 0:
@@ -325,10 +324,12 @@ def run(args):
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
         if steps == 0:
             raise ValueError(f"split {args.splits[0]} is too small for {PROCESSES} processes")
+        sizes = ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items())
         print(
             f"{encoder.config.model_type}, {config['total_parameters']:,} parameters,"
             f" {config['trainable_parameters']:,} of them trained, cut {model.cut};"
-            f" {args.precision} on {config['device']}; {steps:,} steps an epoch",
+            f" {args.precision} ({args.why}) on {config['device']};"
+            f" utterances: {sizes}; {steps:,} steps an epoch",
             flush=True,
         )
         advice = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
@@ -366,7 +367,7 @@ def describe_run(args, model, utterances):
         "cache_contents": None,
         "fill_seconds": None,
     }
-    del config["resume"], config["demo"]
+    del config["resume"], config["demo"], config["why"]
     return config
 
 
@@ -518,6 +519,15 @@ def write_predictions(args, utterances, predictions):
             writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
 
 
+def report_epoch(line, is_best, args):
+    """Print what metrics.jsonl says of an epoch, and how long the remaining ones will take."""
+    text = f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f},"
+    text += f" {args.splits[1]} {show(line['dev'])}{' (best)' * is_best}"
+    seconds = line["train_seconds"] + line["eval_seconds"]
+    left = timedelta(seconds=round((args.epochs - line["epoch"]) * seconds))
+    print(f"{text}, {seconds:.1f} s, {left} left", flush=True)
+
+
 def show(scores):
     return " ".join(f"{attribute} {score:z.4f}" for attribute, score in scores.items())
 
@@ -565,7 +575,8 @@ def parse_args(argv):
     text = "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
-    add("--scale", nargs=2, type=float, default=[1.0, 7.0], help="least, greatest label (1 7)")
+    text = "least and greatest label (1 7)"
+    add("--scale", nargs=2, type=float, default=[1.0, 7.0], metavar=("LOW", "HIGH"), help=text)
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     names = "full", "partial", "lora"
@@ -625,7 +636,9 @@ def refuse(error, args):
 def resolve(args):
     """Fill in what depends on other arguments or on the machine."""
     args.device = models.choose_device(args.device)
-    args.precision = args.precision or choose_precision(args.device)
+    args.why = "as asked"
+    if args.precision is None:
+        args.precision, args.why = choose_precision(args.device)
     args.cached = args.cache is not None
     args.freeze_embedding |= args.cached
     args.eval_batch_size = args.eval_batch_size or args.batch_size
@@ -637,13 +650,14 @@ def resolve(args):
 
 
 def choose_precision(device):
-    """Mixed precision where it is faster: fp16 on a GPU, as in the paper, and bf16 on a CPU that has
-    units for it. Without them, bf16 takes 22 times as long as fp32."""
+    """Mixed precision where it is faster, and the reason: fp16 on a GPU, as in the paper, and bf16
+    on a CPU that has units for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
-        return "fp16"
+        return "fp16", "as in the paper"
     units = getattr(torch.cpu, "get_capabilities", dict)()
-    has_units = units.get("avx512_bf16") or units.get("amx_bf16")
-    return "bf16" if has_units else "fp32"
+    if units.get("avx512_bf16") or units.get("amx_bf16"):
+        return "bf16", "this CPU has units for it"
+    return "fp32", "this CPU has no units for bf16"
 
 
 def main(argv=None):

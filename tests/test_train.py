@@ -1,6 +1,7 @@
 """The loop: exact batches in any memory, every row of Table I end to end, resuming to the bit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,7 +242,7 @@ def check_run(folder, epochs=1):
     split = result["splits"][2]
     assert {path.name for path in folder.iterdir()} == set(FILES.format(split).split())
     arguments = vars(train.parse_args(["--data", "x", "--out", "x"])).keys()
-    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume"}
+    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume", "why"}
     assert result.keys() == config.keys() | RESULT and not result["out_of_memory"]
     assert all(result[key] == config[key] for key in config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -285,7 +286,7 @@ def test_every_row(name, device, row, corpus, encoder, tmp_path):
         uncached = {result[key] is None for key in ("cache_contents", "fill_seconds", "cache")}
         assert uncached == {"cached" not in name}
         scaler = torch.load(folder / "last.pt", weights_only=True)["scaler"]
-        precision = train.choose_precision(device)
+        precision, _ = train.choose_precision(device)
         assert result["precision"] == precision and bool(scaler) == (precision == "fp16")
         assert device == "cpu" or result["device"] == torch.cuda.get_device_name()
 
@@ -488,6 +489,24 @@ def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     with pytest.raises(ValueError, match="run with cache_contents"):
         launch(run, *again)
     assert tree(tmp_path) == before
+
+
+def test_console(launch, tmp_path, capsys):
+    """Before the first step a line says what is trained, on what and why in that precision; each
+    epoch says its numbers, which split they are of, whether it is the best, and the time left."""
+    launch(tmp_path, "--epochs", 2, "--layers", 2, "--precision", "fp32")
+    begin, first, second, end = capsys.readouterr().out.splitlines()
+    config = json.loads((tmp_path / "result.json").read_text())
+    total, trained = config["total_parameters"], config["trainable_parameters"]
+    assert begin.startswith(f"wav2vec2, {total:,} parameters, {trained:,} of them trained, cut 0;")
+    assert "; fp32 (as asked) on CPU, " in begin
+    assert re.search(r"utterances: Train \d+, Development \d+, Test1 8; \d+ steps an epoch$", begin)
+    scores = r"activation -?\d\.\d{4} valence -?\d\.\d{4}"
+    line = (
+        rf"epoch \d/2: loss \d\.\d{{4}}, Development {scores}( \(best\))?, [\d.]+ s, 0:00:\d\d left"
+    )
+    assert re.fullmatch(line, first) and " (best)" in first and re.fullmatch(line, second)
+    assert second.endswith(" 0:00:00 left") and re.match(rf"Test1 with epoch \d: {scores}", end)
 
 
 def test_a_loss_that_is_not_finite(launch, tmp_path, monkeypatch):
