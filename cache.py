@@ -4,8 +4,8 @@ serves runs of the last 3, 2 and 1: the stages between are frozen, and run from 
 IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
 CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
 it was made from, whose hidden states it holds, how many frames of each, and a checksum an utterance.
-There is no index that could disagree with them. What stands above the command line needs no other
-file of this project: copy it.
+There is no index that could disagree with them. All above the line `# ---- command line ----` needs no
+other file of this project: copy it.
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # fill; train.py does it, too
     python cache.py --out cache/last-3 --verify                         # read all of it back
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     start: int  # their first frame in it
     frames: int
     checksum: int
-    recording: int | None  # CRC-32 of the recording's file as it was read, if there was one
+    audio_crc: int | None  # CRC-32 of the recording's file as it was read, if there was one
 
 
 @torch.no_grad()
@@ -49,17 +49,17 @@ def encode(model, recordings, device):
     """Step 1: (name, wave (S,) float32, CRC-32 of the recording) -> items for `fill`, one by one:
     each utterance alone and unpadded, in float32, whatever the precision and padding of a run."""
     model.eval().to(device)
-    for name, wave, recording in recordings:
+    for name, wave, audio_crc in recordings:
         hidden, _ = model.prefix(wave[None].to(device), [len(wave)])  # (1, T, D)
-        yield name, hidden[0], recording
+        yield name, hidden[0], audio_crc
 
 
 def fill(folder, fingerprint, items, process=0):
     """Step 2: write hidden states into shards of a folder.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
-    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None); with a
-        generator, the seconds that a shard says it took are those of its making, too
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). If it is
+        a generator that computes the states, a shard's seconds include that
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
@@ -70,12 +70,12 @@ def fill(folder, fingerprint, items, process=0):
     shard = []
     size = 0
     start = time.perf_counter()
-    for name, hidden, recording in items:
+    for name, hidden, audio_crc in items:
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
         if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
             raise ValueError(f"'{name}': NaN, or beyond the range of {dtype} (--dtype float32)")
-        shard.append((name, hidden, recording))
+        shard.append((name, hidden, audio_crc))
         size += hidden.nbytes
         if size >= SHARD_BYTES:
             write_shard(folder, fingerprint, shard, process, start)
@@ -89,13 +89,13 @@ def fill(folder, fingerprint, items, process=0):
 def write_shard(folder, fingerprint, items, process, start):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
     known about them. `start` is when the making of the first began."""
-    names, hidden, recordings = zip(*items, strict=True)
+    names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
         "names": list(names),
         "frames": [len(states) for states in hidden],
         "checksums": [checksum(fingerprint, name, states) for name, states, _ in items],
-        "audio": list(recordings),
+        "audio": list(audio_crcs),
         "seconds": time.perf_counter() - start,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
@@ -121,7 +121,7 @@ def open_shard(path):
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
         shard["rows"] = list(zip(*columns, strict=True))  # a row an utterance
-        set(shard["names"])  # A list in place of a name cannot be hashed.
+        set(shard["names"])  # A TypeError, and so damage, if a name is a list.
         fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
         if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
             raise ValueError("its lists are not of what it holds")
@@ -137,15 +137,15 @@ def read_entries(folder):
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
     entries = {}
     fingerprint = None
-    seconds = Counter()  # of each process. As they fill side by side, filling takes the longest.
+    seconds = Counter()  # of each process; as they fill side by side, the slowest one's count
     for path in sorted(Path(folder).glob("shard-*.pt")):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
             raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
         start = 0
-        for name, frames, check, recording in shard["rows"]:
-            entries[name] = Entry(str(path), start, frames, check, recording)
+        for name, frames, check, audio_crc in shard["rows"]:
+            entries[name] = Entry(str(path), start, frames, check, audio_crc)
             start += frames
         process = path.name.split("-")[1]
         seconds[process] += shard["seconds"]
@@ -234,14 +234,14 @@ def complete(folder, model, utterances, args, dtype=None):
     """Fill what a cache lacks of this process's share of some utterances, and set the model's cut to
     the cache's. ValueError where the folder is no cache, or none that the model can be trained from.
 
-    The folder is looked at twice. First without a lock, which would write into it: a complete cache
-    may be read-only. Then behind the lock, as another run may have filled it while this one waited.
+    The folder is looked at twice. First without a lock: taking one writes a file, and a complete
+    cache may be read-only. Then behind the lock, as another run may have filled it while this one waited.
     """
     import data  # the commands' own need, not the part to copy
 
     process, processes = process_numbers()
-    # A share is by position in the corpus, and not in what is missing now: processes that look at
-    # different moments so leave no gap between them.
+    # A share is by position in the corpus, and not in what is missing now. Thus processes that look
+    # at different moments leave no gap between them.
     _, missing = look(folder, model, utterances[process::processes], dtype)
     if not missing:
         return
@@ -300,13 +300,13 @@ def read_recording(utterance, sample_rate):
 
     file = io.BytesIO(Path(utterance.path).read_bytes())
     file.name = utterance.path  # what an error names
-    recording = zlib.crc32(file.getbuffer())
-    return utterance.name, torch.from_numpy(data.load_audio(file, sample_rate)), recording
+    audio_crc = zlib.crc32(file.getbuffer())
+    return utterance.name, torch.from_numpy(data.load_audio(file, sample_rate)), audio_crc
 
 
 def process_numbers():
-    """Number of this process, and how many there are. RANK and WORLD_SIZE are the words of torchrun
-    for it; a job array sets them itself."""
+    """Number of this process, and how many there are. torchrun sets RANK and WORLD_SIZE; in the
+    script of a job array, set both yourself."""
     process = int(os.environ.get("RANK", "0"))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     half = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
@@ -320,7 +320,10 @@ def verify(folder, root):
     import data
 
     entries, _, _ = read_entries(folder)
-    paths = {u.name: u.path for u in data.read_corpus(root, ())[0]} if root else {}
+    paths = {}
+    if root:
+        utterances, _ = data.read_corpus(root, attributes=())  # Labels are of no interest here.
+        paths = {u.name: u.path for u in utterances}
     utterances = [data.Utterance(name, paths.get(name)) for name in entries]
     dataset = CachedDataset(entries, utterances)
     defects = 0
@@ -328,7 +331,7 @@ def verify(folder, root):
         try:
             dataset[i]  # raises an error if it is damaged
             entry = entries[u.name]
-            if u.path and zlib.crc32(Path(u.path).read_bytes()) != entry.recording:
+            if u.path and zlib.crc32(Path(u.path).read_bytes()) != entry.audio_crc:
                 raise ValueError(f"'{u.path}' has changed: delete '{entry.path}'")
         except ValueError as error:
             tqdm.write(str(error))
@@ -364,7 +367,7 @@ def main(argv=None):
     model = models.EmotionModel(encoder, **audio)
     model.encoder_sha256 = models.digest(encoder)
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
-    utterances = data.load_corpus(args.data, args.splits, ())
+    utterances = data.load_corpus(args.data, args.splits, attributes=())
     with models.explain_memory("leave out the longest recordings"):
         complete(args.out, model, utterances, args, args.dtype)
     entries, _, seconds = read_entries(args.out)

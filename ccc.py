@@ -60,6 +60,7 @@ def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     table = {row.get("FileName"): row for row in rows}
+    # A name in two rows makes the table shorter than the rows.
     if len(table) < max(len(rows), 2) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     return table
@@ -112,7 +113,7 @@ def shell(main):
         except (ValueError, OSError, MemoryError, csv.Error) as error:
             leave(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        leave(130, "interrupted; the same line goes on (train.py: with --resume)\n")
+        leave(130, "interrupted; run the same line again to go on (train.py: with --resume)\n")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ positional convolution, LayerNorm), and stages 1 to L are the L transformer laye
 count. The cut is the stage at which the model is divided: `prefix` is the CNN and the stages before
 the cut, without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
-    full, and partial as the paper's    cut 0: the embedding is trained, so a gradient must reach it
+    full, and partial as in the paper   cut 0: the embedding is trained, so a gradient must reach it
     last 3, embedding frozen or cached  cut 10: nothing before stage 10 is trained
     LoRA of all layers                  cut 1: adapters begin in stage 1
 
-What stands above the command line needs no other file of this project: copy it.
+All above the line `# ---- command line ----` needs no other file of this project: copy it.
 
     python model.py predict RUN clip.wav folder/ --csv predictions.csv    # score files
     python model.py predict RUN interview.wav --window 10 --hop 5         # and long ones, in pieces
@@ -50,7 +50,7 @@ class EmotionModel(nn.Module):
     `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut needs
-    no gradient. Frozen stages may lie behind it, too: in partial finetuning as the paper's, the
+    no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper, the
     embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
     "paper" padding: the inputs of a batch are zero-padded to the longest, waveforms or, from a
@@ -64,8 +64,8 @@ class EmotionModel(nn.Module):
     reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`. The model
     normalises waveforms itself, in `prefix`.
 
-    SpecAugment, layer drop and checkpointing are off, whatever config.json says: no cache could have
-    them (our choice).
+    Whatever config.json says, SpecAugment and layer drop never run, as no cache could have them:
+    `run_stages` calls the layers itself. Checkpointing is switched off, too: train.py has its own.
     """
 
     # Raise it whenever what `prefix` computes changes: older caches are then refused.
@@ -89,6 +89,8 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
+        self.scale = None  # The least and greatest label, of a run: `build` sets it and the next.
+        self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
         self.is_wavlm = encoder.config.model_type == "wavlm"
@@ -204,8 +206,9 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Its input and its sums stay float32 under autocast. A LayerNorm over bfloat16 on a CPU would
-        add up its weight's gradient over all frames in bfloat16, which is up to 46 % off.
+        Under autocast, too, both of its LayerNorms take float32, by the .float() here and the one in
+        run_stages. One over bfloat16 on a CPU would add up its weight's gradient over all frames in
+        bfloat16, which is up to 46 % off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -220,7 +223,7 @@ class EmotionModel(nn.Module):
 
     def run_stages(self, hidden, mask, stages):
         """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
-        hidden = hidden.float()
+        hidden = hidden.float()  # see embed
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.
         if mask is not None:
@@ -230,7 +233,7 @@ class EmotionModel(nn.Module):
             # multiplies them by a gate of its own.
             longest = hidden.shape[1]
             bias = layers[0].attention.compute_bias(longest, longest)
-            options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B heads, T, T)
+            options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B * heads, T, T)
         for stage in stages:
             if stage == 0:
                 hidden = self.embed(hidden, mask)
@@ -254,7 +257,7 @@ def first_of(output):
 
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D), with `position_bias` (B heads, T, T) gated already."""
+    """WavLM's attention of hidden (B, T, D), with `position_bias` (B * heads, T, T) gated already."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
@@ -312,7 +315,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     depth = len(transformer.layers)
     if layers is None and method != "partial":
         layers = depth
-    check_freeze(model, method, layers, depth)
+    check_freeze(model, method, layers, depth, freeze_embedding)
     model.encoder.requires_grad_(False)
     last = transformer.layers[depth - layers :]
     model.cut = depth - layers + 1  # The stage of the first of these layers.
@@ -332,11 +335,13 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     model.train(model.training)  # Now it is known which parts are frozen, and stay in eval mode.
 
 
-def check_freeze(model, method, layers, depth):
+def check_freeze(model, method, layers, depth, freeze_embedding):
     if method not in ("full", "partial", "lora"):
         raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
     if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
         raise ValueError(f"{method}, {layers} layers: this encoder has 1 to {depth}, full all")
+    if method == "full" and freeze_embedding:
+        raise ValueError("full trains the embedding, too: freeze it in partial")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: freeze a new one")
 
@@ -357,7 +362,7 @@ IGNORED = {
     "output_hidden_states": False,
     "return_dict": True,
 }
-# What it says, beside the shapes of the weights, that changes a number.
+# Keys of config.json that change what the same weights compute.
 HASHED = """model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
     feat_extract_activation do_stable_layer_norm max_bucket_distance attention_dropout
     hidden_dropout activation_dropout feat_proj_dropout"""
@@ -376,7 +381,7 @@ def load_encoder(name):
         name,
         config=config,
         dtype=torch.float32,
-        attn_implementation="eager",  # EmotionModel chooses another, by family.
+        attn_implementation="eager",  # All families have it. EmotionModel chooses another.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
@@ -420,7 +425,7 @@ def from_pretrained(auto, name, **options):
 
 def digest(encoder):
     """SHA-256 of an encoder, of all that its numbers come from: the weights, and of its configuration
-    what HASHED names. A run and a cache so know the encoder that they were made with."""
+    what HASHED names. By it a run and a cache know the encoder that they were made with."""
     settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
     sha256 = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -433,7 +438,8 @@ def digest(encoder):
 
 
 def load_trained(model, weights):
-    """Put {name: tensor} of a checkpoint into the parameters that are trained."""
+    """Put {name: tensor} of a checkpoint into the parameters that are trained. To be called inside
+    `blame`, which puts the name of the file before a message."""
     if trainable(model).keys() != weights.keys():
         raise ValueError("it holds the weights of another method or number of layers")
     model.load_state_dict(weights, strict=False)
@@ -469,9 +475,11 @@ def load_run(run, name=None):
     encoder, audio = load_encoder(name)
     with blame(Path(run, "best.pt")) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        expected = saved["settings"]["encoder_sha256"]
+    if digest(encoder) != expected:
+        raise ValueError(f"'{path}' was trained from another encoder than '{name}' is")
+    with blame(path):
         model = build(encoder, audio, saved["settings"])
-        if model.encoder_sha256 != saved["settings"]["encoder_sha256"]:
-            raise ValueError(f"it was trained from another encoder than '{name}' is")
         load_trained(model, saved["weights"])
     return model.eval()
 
@@ -591,7 +599,8 @@ def open_csv(path, header):
             file.write(start)
             yield csv.writer(file, lineterminator="\n")
     except OSError as error:
-        error.filename = error.filename or path  # A full disk does not say whose file it was.
+        # A full disk does not say whose file it was.
+        error.filename = error.filename or path or "standard output"
         raise
 
 
@@ -715,7 +724,7 @@ def main(argv=None):
         if (args.split or args.scale) and not args.data:
             parser.error("--split and --scale need --data")
         if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0):
-            parser.error("--window is not below --hop, and --hop not below .1")
+            parser.error("--hop must be at least .1, and at most --window")
     {"predict": predict, "export": export, "params": params}[args.command](args)
 
 

@@ -53,7 +53,8 @@ def fit(args, model, datasets, config):
     # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the loss,
     # divides before the step, and leaves out a step with an infinity. bfloat16 does not need it.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    # Where a run is resumed, last.pt is read before anything is written; config.json comes first.
+    # Where a run is resumed, last.pt is read before anything is written. Then config.json is the
+    # first file to be written.
     history, best = read_last(args, model, optimizer, scaler)
     start_run(args, config, history)
     if history:
@@ -176,12 +177,12 @@ def batches(dataset, args, epoch=None):
     of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
     Inside a batch, the shortest comes first.
 
-    Lengths are compared in frames, then by index. A cached run, which knows no samples, so sorts as
-    an uncached one, and an utterance gets the same dropout in both.
+    Lengths are compared in frames, then by index. A cached run knows no samples: thus it sorts as an
+    uncached one, and an utterance gets the same dropout in both.
     """
 
     def length(i):
-        return dataset.frames[i], i
+        return dataset.frames[i], i  # make_datasets sets `frames`, for cached and uncached alike
 
     if epoch is None:
         indices = list(range(len(dataset)))
@@ -193,7 +194,7 @@ def batches(dataset, args, epoch=None):
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
         indices = torch.randperm(len(dataset), generator=generator).tolist()
         size = args.batch_size
-        # A smaller last batch is dropped where a process would have no utterance, or the CCC one.
+        # A smaller last batch is dropped where a process would have no utterance, or the CCC only one.
         least = max(2, PROCESSES)
     parts = [indices[k : k + size] for k in range(0, len(indices), size)]
     return [sorted(part, key=length) for part in parts if len(part) >= least]
@@ -241,8 +242,9 @@ def gather(predictions, n):
     """This process's predictions (b, A) -> those of the whole batch of n, (n, A).
 
     Others' are constants here: each process has the loss of the whole batch, and of its gradient the
-    part that goes through its own predictions. The parts add up to the whole gradient. As the sum
-    over processes has no gradient, a process's own are put back behind it, with theirs.
+    part that goes through its own predictions. The parts add up to the whole gradient. The sum
+    over processes has no gradient itself. So after it, this process's own predictions, which have
+    one, are written over their copies.
     """
     if PROCESSES == 1:
         return predictions
@@ -309,6 +311,7 @@ def run(args):
     config = describe_run(args, model, utterances)
     if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
+        data.require(utterances, args.splits)
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         compare(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
@@ -363,7 +366,7 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "audio": None,
-        "cache": None,
+        "cache": None,  # args.cache is a place; here stands what is in it: "cut 10, float16"
         "cache_contents": None,
         "fill_seconds": None,
     }
@@ -378,11 +381,14 @@ def digest_rows(rows):
 
 def fill_cache(args, model, utterances):
     """Fill what the cache lacks -> its entries, the utterances that it then holds (with --skip-bad,
-    not all), and what config.json says of it."""
-    cache.complete(args.cache, model, utterances, args)
+    not all), and what config.json says of it. The model's cut becomes the cache's, as `suffix` has
+    to begin where the stored hidden states end."""
+    with models.explain_memory("leave out the longest recordings"):
+        cache.complete(args.cache, model, utterances, args)
     exchange("filled")  # All processes wait here until the cache is full.
     entries, fingerprint, seconds = cache.read_entries(args.cache)
     utterances = [u for u in utterances if u.name in entries]
+    data.require(utterances, args.splits)
     contents = {
         "cache": "cut {cut}, {dtype}".format(**fingerprint),
         "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
@@ -393,7 +399,6 @@ def fill_cache(args, model, utterances):
 
 def make_datasets(args, model, utterances, entries):
     """{split: dataset}, from a cache's entries or, without, from audio."""
-    data.require(utterances, args.splits)
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
@@ -445,11 +450,13 @@ def read_last(args, model, optimizer, scaler):
         return [], None
     with models.blame(Path(args.out, "last.pt")) as path:
         last = torch.load(path, map_location="cpu", weights_only=True)
+        # Only to see now that the best epoch's weights fit: the next line replaces them.
         models.load_trained(model, last["best"]["weights"])
         models.load_trained(model, last["weights"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        return [dict(line) for line in last["history"]], last["best"]
+        history = [dict(line) for line in last["history"]]  # an error, if a line is none
+        return history, last["best"]
 
 
 def start_run(args, config, history):
@@ -571,7 +578,7 @@ def parse_args(argv):
     add("--out", help="run folder, new or to --resume")
     add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
-    names = data.SPLITS[:-1]
+    names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
     text = "to train on, choose the epoch by, test on (section III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
@@ -592,7 +599,11 @@ def parse_args(argv):
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
     add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
-    add("--chunk", type=int, help="utterances a pass, for less memory; one loss over all")
+    add(
+        "--chunk",
+        type=int,
+        help="utterances a pass; one loss over all. Saves memory with --recompute",
+    )
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D) and machine").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")
@@ -667,6 +678,7 @@ def main(argv=None):
         # Filling a cache may take one process much longer than another.
         backend = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=24))
+    # Only process 0 prints: where there is no stdout, print does nothing.
     with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
         run(args)
     if PROCESSES > 1:

@@ -75,7 +75,7 @@ def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
         assert hidden.shape == expected.shape and hidden.shape[1] == WIDTH
         assert hidden.nbytes == len(expected) * WIDTH * bytes_a_value
         assert relative(hidden.float(), expected) < (1e-3 if dtype == "float16" else 1e-5)
-        assert entries[u.name].recording == zlib.crc32(Path(u.path).read_bytes())
+        assert entries[u.name].audio_crc == zlib.crc32(Path(u.path).read_bytes())
         total += hidden.nbytes
     assert len(stored) == 28 and seconds > 0 and total <= path.stat().st_size < total + 8192
 
