@@ -3,11 +3,11 @@ serves runs of the last 3, 2 and 1: the stages between are frozen, and run from 
 
 IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
 CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
-it was made from, whose hidden states it holds, how many frames of each, and a checksum an utterance.
-There is no index that could disagree with them. All above the line `# ---- command line ----` needs no
-other file of this project: copy it.
+it was made from, whose hidden states it holds, how many frames of each, and a checksum of each.
+There is no index that could disagree with them. All above the line `# ---- command line ----`
+needs no other file of this project: copy it.
 
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # fill; train.py does it, too
+    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # as train.py does, too
     python cache.py --out cache/last-3 --verify                         # read all of it back
 
 In comments: S samples, T frames, D width, A attributes.
@@ -116,7 +116,7 @@ def checksum(fingerprint, name, hidden):
 
 def open_shard(path):
     """A shard's content, its hidden states mapped and not read, and as `rows` the lists that it
-    holds, side by side. Only tensors and plain values are unpickled. ValueError if it is damaged."""
+    holds, side by side. Only tensors and plain values are unpickled. ValueError for damage."""
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
@@ -231,11 +231,11 @@ def lock(folder, name=".lock", leftovers="*.tmp", wait=False):
 
 
 def complete(folder, model, utterances, args, dtype=None):
-    """Fill what a cache lacks of this process's share of some utterances, and set the model's cut to
-    the cache's. ValueError where the folder is no cache, or none that the model can be trained from.
+    """Fill what a cache lacks of this process's share of some utterances, and set the model's cut
+    to the cache's. ValueError where the folder is no cache, or none to train the model from.
 
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
-    cache may be read-only. Then behind the lock, as another run may have filled it while this one waited.
+    cache may be read-only. Then behind the lock, as another run may have filled it meanwhile.
     """
     import data  # the commands' own need, not the part to copy
 

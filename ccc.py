@@ -18,10 +18,10 @@ import torch
 def ccc(pred, target, eps=1e-8):
     """Lin's CCC along dimension 0: 2 covariance / (variances + (difference of the means)²).
 
-    pred, target : float tensors (N, ...) of one shape and in the same unit. Returns (...), in float32
-    or better, because half precision is cast up first. So autocast around it changes nothing.
+    pred, target : float tensors (N, ...) of one shape and in the same unit. Returns (...), in
+    float32 or better, because half precision is cast up first. So autocast changes nothing.
 
-    ValueError where the shapes differ. PyTorch would broadcast (N, 1) against (N,) to (N, N), and so
+    ValueError where the shapes differ. PyTorch would broadcast (N, 1) against (N,) to (N, N), and
     compare every prediction with every label.
 
     Two choices of ours, where the paper is silent. Variances and covariance are those of the
@@ -68,7 +68,7 @@ def read_csv(path):
 
 def print_scores(path, labels=None):
     """Print the number of utterances and each CCC of a predictions file: FileName and any of Act,
-    Val, Dom. Its labels are EmoAct, EmoVal, EmoDom on the same scale, there or in the file `labels`.
+    Val, Dom. Labels are EmoAct, EmoVal, EmoDom on the same scale, there or in the file `labels`.
     """
     pred = read_csv(path)
     target = read_csv(labels or path)
@@ -101,8 +101,8 @@ def main(argv=None):
 
 
 def shell(main):
-    """Start the main of any of the six scripts: bad input becomes one line and exit status 2, Ctrl-C
-    a line and 130. It stands here because this file imports least, and none of the other five.
+    """Start the main of any of the six scripts: bad input becomes one line and exit status 2,
+    Ctrl-C a line and 130. It stands here because this file imports least, and none of the others.
 
     An interrupt may strike while another error becomes its line, so its try is the outermost.
     """

@@ -526,8 +526,8 @@ def make_demo(root):
 
 
 def print_splits(utterances, low, high):
-    """A line a split: utterances, speakers, hours, each attribute's least and greatest label. Labels
-    that all stay far below the end of the scale are probably on another one: a note says so."""
+    """A line a split: utterances, speakers, hours, each attribute's least and greatest label. If
+    all labels stay far below the end of the scale, it is probably another one: a note says so."""
     greatest = low
     for split in SPLITS:
         part = [u for u in utterances if u.split == split]

@@ -1,9 +1,8 @@
 """A speech encoder with a head that predicts emotion: freezing, LoRA, two kinds of padding, loading
 and saving (section IV).
 
-The one idea: waveform -> CNN -> stages 0 to L -> mean -> head. Stage 0 is the embedding (projection,
-positional convolution, LayerNorm), and stages 1 to L are the L transformer layers in the paper's
-count. The cut is the stage at which the model is divided: `prefix` is the CNN and the stages before
+The one idea: waveform -> CNN -> stages 0 to L -> mean -> head. Stage 0 is the embedding
+(projection, positional convolution, LayerNorm), and stages 1 to L are the L transformer layers. The cut is the stage at which the model is divided: `prefix` is the CNN and the stages before
 the cut, without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
     full, and partial as in the paper   cut 0: the embedding is trained, so a gradient must reach it
@@ -45,12 +44,12 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 
 
 class EmotionModel(nn.Module):
-    """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer whose
-    every output is one of the paper's heads (section IV-A). In Hugging Face's names, the encoder's
+    """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer,
+    whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the encoder's
     `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
-    `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut needs
-    no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper, the
+    `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut
+    needs no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper, the
     embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
     "paper" padding: the inputs of a batch are zero-padded to the longest, waveforms or, from a
@@ -60,8 +59,8 @@ class EmotionModel(nn.Module):
         frames are zero before the positional convolution, masked in attention and left out of the
         mean. So a prediction is what it would be alone (our choice, beside the paper's).
 
-    `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on. load_encoder
-    reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`. The model
+    `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on.
+    load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`. The model
     normalises waveforms itself, in `prefix`.
 
     Whatever config.json says, SpecAugment and layer drop never run, as no cache could have them:
@@ -173,8 +172,8 @@ class EmotionModel(nn.Module):
         return samples
 
     def normalised(self, wave, samples):
-        """Wave (B, S) -> a new float32 (B, S): each row's true samples with mean 0 and variance 1, if
-        the checkpoint wants that, and zeros after them. The moments are those of the true samples,
+        """Wave (B, S) -> a new float32 (B, S): each row's true samples with mean 0 and variance 1,
+        if the checkpoint wants that, and zeros after them. The moments are those of the true samples,
         before padding, by Hugging Face's formula."""
         result = torch.zeros_like(wave, dtype=torch.float32)
         for i, n in enumerate(samples):
@@ -206,8 +205,8 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Under autocast, too, both of its LayerNorms take float32, by the .float() here and the one in
-        run_stages. One over bfloat16 on a CPU would add up its weight's gradient over all frames in
+        Under autocast, too, both of its LayerNorms take float32, by the .float() here and the one
+        in run_stages. One over bfloat16 on a CPU would add up its weight's gradient over all frames in
         bfloat16, which is up to 46 % off.
         """
         transformer = self.encoder.encoder
@@ -243,8 +242,8 @@ class EmotionModel(nn.Module):
 
 
 def check_batch(inputs, lengths):
-    """TypeError or ValueError unless inputs are a tensor, and lengths B ints within its second axis:
-    a NumPy array or an attention mask would be misread in silence."""
+    """TypeError or ValueError unless inputs are a tensor, and lengths B ints within its axis 1: a
+    NumPy array or an attention mask would be misread in silence."""
     if not torch.is_tensor(inputs) or not all(type(n) is int for n in lengths):
         raise TypeError("a tensor (B, ...) and its true lengths, B ints, are needed")
     if len(lengths) != len(inputs) or not all(0 < n <= inputs.shape[1] for n in lengths):
@@ -257,14 +256,14 @@ def first_of(output):
 
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D), with `position_bias` (B * heads, T, T) gated already."""
+    """WavLM's attention of hidden (B, T, D). `position_bias` (B * heads, T, T) is gated already."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
         split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
     if mask is not None:
-        # The mask cannot be in position_bias, as its gate's gradient would be 0 times infinity, NaN.
+        # It cannot be in position_bias, as its gate's gradient would be 0 times infinity, NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
@@ -276,8 +275,8 @@ class LoRALinear(nn.Module):
     section IV-B).
 
     A weight's update is a product of two thin matrices: lora_a (rank, in) starts random, and lora_b
-    (out, rank) at zero. So the output starts as base's to the bit, and lora_b receives a gradient at
-    once. Were both zero, neither would ever get one.
+    (out, rank) at zero. So the output starts as base's to the bit, and lora_b receives a gradient
+    at once. Were both zero, neither would ever get one.
     """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
@@ -373,7 +372,7 @@ def load_encoder(name):
     waveforms it takes: {"sample_rate": Hz, "normalise": bool}. These are keyword arguments of the
     model: EmotionModel(encoder, **audio).
 
-    ValueError where an encoder cannot be trained here, OSError where nothing loads, each of one line.
+    ValueError where an encoder cannot be trained here, OSError where none loads, each of one line.
     """
     config = read_config(name)
     encoder, report = from_pretrained(
@@ -424,8 +423,8 @@ def from_pretrained(auto, name, **options):
 
 
 def digest(encoder):
-    """SHA-256 of an encoder, of all that its numbers come from: the weights, and of its configuration
-    what HASHED names. By it a run and a cache know the encoder that they were made with."""
+    """SHA-256 of an encoder, of all that its numbers come from: the weights, and of its
+    configuration what HASHED names. By it a run and a cache know the encoder that they were made with."""
     settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
     sha256 = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -463,11 +462,11 @@ def build(encoder, audio, settings):
 
 
 def load_run(run, name=None):
-    """Load a run's best epoch -> EmotionModel in eval mode, float32, with `scale`, the least and the
-    greatest label of its corpus.
+    """Load a run's best epoch -> EmotionModel in eval mode, float32, with `scale`, the least and
+    the greatest label of its corpus.
 
-    best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now, or
-    where config.json says. OSError or ValueError, in one line that names the file, where either is
+    best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now,
+    or where config.json says. OSError or ValueError, in one line that names the file, where either is
     missing, damaged, or another than the run's.
     """
     with blame(Path(run, "config.json")) as path:
@@ -561,8 +560,8 @@ def predict(args):
 
 @torch.no_grad()
 def score_file(model, path, window=None, hop=None):
-    """Yield (bounds, scores) of a file, or of each of its windows. Bounds are () or (start, stop) in
-    seconds, and scores are floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
+    """Yield (bounds, scores) of a file, or of each of its windows. Bounds are () or (start, stop)
+    in seconds, and scores are floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
     import data
 
     pieces = [()]
@@ -650,7 +649,7 @@ def describe(args, model, masked):
 
 {facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {facts["test"]}.
 A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
-{"Files may be scored in batches." if masked else "Score each file alone: padding changes the score."}
+{"Files may be scored in batches." if masked else "Score each file alone: padding changes scores."}
 
 ```python
 from transformers import pipeline
@@ -679,8 +678,8 @@ def params(args):
 
 
 def choose_device(name):
-    """Whether to run on the "cpu" or on "cuda": auto takes a GPU if there is one. Of several GPUs, the
-    one of this process is made the current one. ValueError where there is none."""
+    """Whether to run on the "cpu" or on "cuda": auto takes a GPU if there is one. Of several GPUs,
+    this process's own is made the current one. ValueError where there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     gpus = torch.cuda.device_count()

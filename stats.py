@@ -337,8 +337,9 @@ def main(argv=None):
         alone = ", ".join(row["name"] for row in rows if not row["marks"])
         if alone:
             print(
-                f"- not compared: {alone}. Two seeds are needed, and two of full fp32 (if cached: of "
-                "the row uncached), with the same attributes, padding and, if paper, eval_batch_size."
+                f"- not compared: {alone}. Two seeds are needed, and two of full fp32 (if cached: "
+                "of the row uncached), with the same attributes, padding and, if paper, "
+                "eval_batch_size."
             )
 
 

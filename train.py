@@ -50,11 +50,10 @@ def fit(args, model, datasets, config):
     parameters = models.trainable(model)
     # AdamW's default weight decay .01 and no clipping: our choice, as the paper names neither.
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, fused=True)
-    # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the loss,
-    # divides before the step, and leaves out a step with an infinity. bfloat16 does not need it.
+    # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the
+    # loss, divides before the step, and leaves out a step with an infinity. bfloat16 needs none.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    # Where a run is resumed, last.pt is read before anything is written. Then config.json is the
-    # first file to be written.
+    # A resumed run reads last.pt before anything is written, and then writes config.json first.
     history, best = read_last(args, model, optimizer, scaler)
     start_run(args, config, history)
     if history:
@@ -177,8 +176,8 @@ def batches(dataset, args, epoch=None):
     of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
     Inside a batch, the shortest comes first.
 
-    Lengths are compared in frames, then by index. A cached run knows no samples: thus it sorts as an
-    uncached one, and an utterance gets the same dropout in both.
+    Lengths are compared in frames, then by index. A cached run knows no samples: thus it sorts as
+    an uncached one, and an utterance gets the same dropout in both.
     """
 
     def length(i):
@@ -194,7 +193,7 @@ def batches(dataset, args, epoch=None):
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
         indices = torch.randperm(len(dataset), generator=generator).tolist()
         size = args.batch_size
-        # A smaller last batch is dropped where a process would have no utterance, or the CCC only one.
+        # A last batch is dropped if a process would have no utterance of it, or the CCC only one.
         least = max(2, PROCESSES)
     parts = [indices[k : k + size] for k in range(0, len(indices), size)]
     return [sorted(part, key=length) for part in parts if len(part) >= least]
@@ -241,8 +240,8 @@ def autocast(args):
 def gather(predictions, n):
     """This process's predictions (b, A) -> those of the whole batch of n, (n, A).
 
-    Others' are constants here: each process has the loss of the whole batch, and of its gradient the
-    part that goes through its own predictions. The parts add up to the whole gradient. The sum
+    Others' are constants here: each process has the loss of the whole batch, and of its gradient
+    the part that goes through its own predictions. The parts add up to the whole gradient. The sum
     over processes has no gradient itself. So after it, this process's own predictions, which have
     one, are written over their copies.
     """
@@ -306,8 +305,9 @@ def run(args):
     torch.manual_seed(args.seed)
     encoder, audio = models.load_encoder(args.model)
     model = models.build(encoder, audio, vars(args)).to(args.device)
-    corpus = args.data, args.splits, args.attributes, args.scale
-    utterances = data.load_corpus(*corpus, args.skip_bad)
+    utterances = data.load_corpus(
+        args.data, args.splits, args.attributes, args.scale, args.skip_bad
+    )
     config = describe_run(args, model, utterances)
     if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
@@ -445,7 +445,7 @@ def is_finished(args):
 
 
 def read_last(args, model, optimizer, scaler):
-    """Put all back as last.pt holds it after the last finished epoch, if any -> history and best."""
+    """Put all back as last.pt has it after the last finished epoch, if any -> history and best."""
     if not holds_epochs(args):
         return [], None
     with models.blame(Path(args.out, "last.pt")) as path:
@@ -599,11 +599,7 @@ def parse_args(argv):
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
     add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
-    add(
-        "--chunk",
-        type=int,
-        help="utterances a pass; one loss over all. Saves memory with --recompute",
-    )
+    add("--chunk", type=int, help="utterances a pass, for less memory; one loss over all")
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D) and machine").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")

@@ -1,20 +1,17 @@
 """Which row of Table I should I run on this machine, and what will it cost? Random weights of
 wav2vec2-base, its own dropouts, lengths like MSP-Podcast's, and train.train_epoch itself.
 
-    python tests/bench.py --quick    # the rows that README compares; without --quick all, the cache, the loop
+    python tests/bench.py --quick    # few rows, the cache, the loop; without --quick, all rows
     python tests/bench.py --rows "full fp32,recommended mixed" --batch 32    # these rows only
     python tests/bench.py --memory 11 48    # Table II: what fits; a CPU needs 34 GB, and no caps
 
 Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole. A
 CPU runs of each chunk only every k-th utterance, the longest included, so that --batch of them (4)
-remain, padded as the chunk is; what the step takes but for the optimizer is scaled up, and the
-optimizer added. --batch 32 runs all: compare, to see what scaling is worth.
+remain, padded as the chunk is. The time, but for the optimizer's, is scaled up. --batch 32 runs all.
 s/step: median of several after the first, without waiting for data. hours: 5 epochs over Train of
 MSP-Podcast. peak GB: where all is run. of rate: arithmetic over the rate of a large matrix product
-just after (convolutions in TF32 may pass 1); useful: without that on padding. products, attention,
-random, optimizer, other: shares of the time of a profiled step; attention is its batched products
-and softmax, random the numbers of all dropouts. waiting: for data, a share of the time after the
-first step.
+just after (convolutions in TF32 may pass 1); useful: without that on padding. waiting: for data.
+attention (batched products, softmax), products, random (dropout), optimizer, other: shares of a step.
 """
 
 import argparse
@@ -36,7 +33,7 @@ from unittest import mock
 import numpy as np
 import soundfile
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification, Wav2Vec2Model, logging
 
@@ -48,9 +45,8 @@ import model as models
 import train
 
 BATCH, RATE = 32, 16000
-# dropouts of facebook/wav2vec2-base's own config.json, as far as known; transformers' defaults differ
-BASE = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "activation_dropout": 0.0}
-BASE |= {"feat_proj_dropout": 0.1}
+# dropouts of wav2vec2-base's own config.json that differ from transformers' defaults, as far as known
+BASE = {"activation_dropout": 0.0, "feat_proj_dropout": 0.1}
 TRAIN, CACHED = 84030, 84030 + 19815 + 30647  # utterances of MSP-Podcast 1.11: Train, three splits
 METHODS = {  # options of train.py, whose default precision is mixed
     "full": "--method full",
@@ -72,7 +68,6 @@ TABLE_2 += ["partial 3 fp32", "partial 3 mixed", "lora fp32"]
 # what PyTorch's operators do, the first that matches; all else is "other"
 GROUPS = {"attention": "bmm|softmax|attention", "products": "mm$|addmm|conv"}
 GROUPS |= {"random": "bernoulli|dropout", "optimizer": "adamw", "other": ""}
-EPOCH = [("Train", 1), ("Development", None)]
 PEERS = ["full fp32", "peer full fp32", "lora fp32", "peer lora fp32"]
 
 
@@ -132,15 +127,12 @@ def run_epochs(args, model, dataset, n=1):
 def profile_step(args, model, dataset):
     """Seconds of a step's operators, by GROUPS."""
     seconds = dict.fromkeys(GROUPS, 0.0)
-    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (args.device == "cuda")]
-    with profile(activities=kinds) as profiler:
+    with profile() as profiler:
         run_epochs(args, model, dataset)
+    clock = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
     for event in profiler.key_averages():
         group = next(name for name, words in GROUPS.items() if re.search(words, event.key))
-        cuda = args.device == "cuda"
-        seconds[group] += (
-            event.self_device_time_total if cuda else event.self_cpu_time_total
-        ) / 1e6
+        seconds[group] += getattr(event, clock) / 1e6
     return seconds
 
 
@@ -160,12 +152,11 @@ def run_row(row, n, cap):
     noise.lengths = noise.frames = kept.ravel().tolist()
     noise.targets = torch.rand(kept.size, 2)
     _, works = run_epochs(args, model, noise, 11 if cuda else 4)  # of one step each
-    peak = train.peak_memory(args.device) / 1e9 if kept.size == chunks.size else None
     parts = profile_step(args, model, noise)
     scale = chunks.size / kept.size
     seconds = (np.median(works[1:]) - parts["optimizer"]) * scale + parts["optimizer"]
     line = {"row": row, "s/step": seconds, "hours": seconds * TRAIN / BATCH * 5 / 3600}
-    line["peak GB"] = peak
+    line["peak GB"] = train.peak_memory(args.device) / 1e9 if scale == 1 else None
     side = 8192 if cuda else 1024
     a = torch.randn(side, side, device=args.device, dtype=train.PRECISIONS[args.precision])
     rate = 2 * side**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=10))
@@ -259,11 +250,9 @@ def measure_processes(folder):
 
 def prepare_scale(folder, n):
     """A corpus of n utterances, its labels made up, its audio linked to four files; an encoder."""
-    (folder / "Audios").mkdir()
-    (folder / "Labels").mkdir()
+    data.write_demo(folder, speakers=[])  # the layout only
     for i, samples in enumerate(spread(4)):
-        noise = np.random.default_rng(i).uniform(-0.1, 0.1, samples)
-        soundfile.write(folder / f"{i}.wav", noise, RATE)
+        soundfile.write(folder / f"{i}.wav", np.random.uniform(-0.1, 0.1, samples), RATE)
     rows = ["FileName,EmoAct,EmoVal,SpkrID,Split_Set"]
     for i in range(n):
         name, split = f"{i:06}.wav", data.SPLITS[max(0, i % 5 - 2)]  # three fifths are Train
@@ -275,49 +264,43 @@ def prepare_scale(folder, n):
 
 def run_step(step, folder):
     """One step at scale: seconds and peak memory. "start" is all of train.py until the first batch
-    from the cache is there, "epoch" what an epoch does beside the model, reading and writing."""
+    from a full cache is there, "epoch" the order of an epoch's batches and of its evaluation."""
     line = f"--data {folder} --model {folder}/encoder --cache {folder}/cache --out {folder}/run"
     args = train.parse_args([*line.split(), "--precision", "fp32"])
-    seconds = {}
+    start = timeit.default_timer()
 
     def fit(args, _, datasets, *__):
-        train_split = datasets["Train"]
-        order = train.batches(train_split, args, 1)
-        train.load_chunks(train_split, args, 0, 1, order[0])
-        seconds["start"] = timeit.default_timer() - start
-        batches = [train.batches(datasets[split], args, epoch) for split, epoch in EPOCH]
-        everything = sum(len(batch) for part in batches for batch in part)
-        predictions = torch.rand(everything, 2)
-        train.ccc(predictions, predictions)
-        seconds["epoch"] = timeit.default_timer() - start - seconds["start"]
+        nonlocal start
+        if step == "epoch":
+            start = timeit.default_timer()
+        order = train.batches(datasets["Train"], args, 1)
+        train.batches(datasets["Development"], args)
+        if step == "start":
+            train.load_chunks(datasets["Train"], args, 0, 1, order[0])
 
-    start = timeit.default_timer()
     if step == "check":
         data.main([str(folder)])
     elif step == "fill":
         model = models.build(*models.load_encoder(args.model), vars(args))
         utterances = data.load_corpus(folder, data.SPLITS)
-        fingerprint, lacking = cache.look(args.cache, model, utterances, None)
+        fingerprint, missing = cache.look(args.cache, model, utterances, None)
         start = timeit.default_timer()
-        cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in lacking))
+        cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in missing))
     elif step == "entries":
         cache.read_entries(args.cache)
     else:
         with mock.patch.object(train, "fit", fit):
             train.run(args)
-    took = timeit.default_timer() - start
-    peak = train.peak_memory("cpu") / 1e9
-    return [{"step": k, "s": x, "peak GB": peak} for k, x in (seconds or {step: took}).items()]
+    seconds = timeit.default_timer() - start
+    return {"step": step, "s": seconds, "peak GB": train.peak_memory("cpu") / 1e9}
 
 
 def measure_scale(folder, n):
-    """Steps at the size of MSP-Podcast 2.0, each in a process of its own."""
+    """Steps with a corpus of n utterances, each in a process of its own."""
     prepare_scale(folder, n)
-    for step in ("check", "fill", "entries", "start and epoch"):
+    for step in ("check", "fill", "entries", "start", "epoch"):
         with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-            yield from (
-                {"utterances": n} | line for line in pool.submit(run_step, step, folder).result()
-            )
+            yield {"utterances": n} | pool.submit(run_step, step, folder).result()
 
 
 def main(argv=None):
@@ -346,15 +329,14 @@ def main(argv=None):
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's own lines, in the processes that follow
     n = options.batch or (BATCH if cuda or options.memory is not None else 4)
     caps = [None] if options.memory is None else [np.inf, *options.memory]
-    parts = [[{"device": device, "torch": torch.__version__}]]
     with tempfile.TemporaryDirectory() as name, open(options.json or os.devnull, "w") as file:
         folder = Path(name)
+        work = measure_rows(rows, n, caps)  # begins when it is asked for a line
         if options.scale:
-            parts += [measure_scale(folder, options.scale)]
+            work = measure_scale(folder, options.scale)
         elif options.processes:
-            parts += [measure_processes(folder)]
-        else:
-            parts += [measure_rows(rows, n, caps)]
+            work = measure_processes(folder)
+        parts = [[{"device": device, "torch": torch.__version__}], work]
         if not (options.scale or options.processes or options.rows or named):
             parts += [measure_data(folder, cuda, options.quick)]
         for line in itertools.chain(*parts):
