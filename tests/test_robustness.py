@@ -305,8 +305,9 @@ def test_killed(line, world, monkeypatch):
 
 
 WAITS = """
-import sys, time, torch
+import signal, sys, time, torch
 import {module}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def wait(*_, **__):
     print("waiting", flush=True)
     time.sleep(99)
