@@ -1,5 +1,5 @@
 """A disk cache of what the frozen stages compute (section IV-C). Filled for the last 3 layers, it
-serves runs of the last 3, 2 and 1: the stages between are frozen, and run from it.
+serves runs of the last 3, 2 and 1: their frozen layers behind the cut are computed at each step.
 
 IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
 CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
@@ -46,8 +46,11 @@ class Entry(NamedTuple):
 
 @torch.no_grad()
 def encode(model, recordings, device):
-    """Step 1: (name, wave (S,) float32, CRC-32 of the recording) -> items for `fill`, one by one:
-    each utterance alone and unpadded, in float32, whatever the precision and padding of a run."""
+    """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
+
+    Each utterance is alone and unpadded, in float32. So one cache serves runs of any precision and
+    padding.
+    """
     model.eval().to(device)
     for name, wave, audio_crc in recordings:
         hidden, _ = model.prefix(wave[None].to(device), [len(wave)])  # (1, T, D)
@@ -58,8 +61,8 @@ def fill(folder, fingerprint, items, process=0):
     """Step 2: write hidden states into shards of a folder.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
-    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). If it is
-        a generator that computes the states, a shard's seconds include that
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). A shard's
+        `seconds` include what a generator takes to compute its items
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
@@ -67,28 +70,28 @@ def fill(folder, fingerprint, items, process=0):
     """
     os.makedirs(folder, exist_ok=True)
     dtype = DTYPES[fingerprint["dtype"]]
-    shard = []
+    pending = []  # items of the next shard
     size = 0
-    start = time.perf_counter()
+    began = time.perf_counter()
     for name, hidden, audio_crc in items:
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
         if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
             raise ValueError(f"'{name}': NaN, or beyond the range of {dtype} (--dtype float32)")
-        shard.append((name, hidden, audio_crc))
+        pending.append((name, hidden, audio_crc))
         size += hidden.nbytes
         if size >= SHARD_BYTES:
-            write_shard(folder, fingerprint, shard, process, start)
-            shard = []
+            write_shard(folder, fingerprint, pending, process, began)
+            pending = []
             size = 0
-            start = time.perf_counter()
-    if shard:
-        write_shard(folder, fingerprint, shard, process, start)
+            began = time.perf_counter()
+    if pending:
+        write_shard(folder, fingerprint, pending, process, began)
 
 
-def write_shard(folder, fingerprint, items, process, start):
+def write_shard(folder, fingerprint, items, process, began):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `start` is when the making of the first began."""
+    known about them. `began` is when the making of the first of them did."""
     names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
@@ -96,20 +99,18 @@ def write_shard(folder, fingerprint, items, process, start):
         "frames": [len(states) for states in hidden],
         "checksums": [checksum(fingerprint, name, states) for name, states, _ in items],
         "audio": list(audio_crcs),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
-    for number in itertools.count():  # the first number that is free; nothing is written over
-        path = Path(folder, f"shard-{process}-{number:05}.pt")
-        if not path.exists():
-            break
+    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
+    path = next(path for path in paths if not path.exists())  # Nothing is written over.
     with atomic(path) as file:
         torch.save(content, file)
 
 
 def checksum(fingerprint, name, hidden):
-    """CRC-32 of what a cache was made from, and of an utterance's name, frames and hidden states:
-    it finds damage, swapped entries, wrong places and wrong claims."""
+    """CRC-32 of what a cache was made from, and of an utterance's name, number of frames and hidden
+    states. It finds damage, and hidden states that are another utterance's or another encoder's."""
     claim = json.dumps([fingerprint, name, len(hidden)], sort_keys=True)
     return zlib.crc32(hidden.numpy(), zlib.crc32(claim.encode()))
 
@@ -137,7 +138,8 @@ def read_entries(folder):
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
     entries = {}
     fingerprint = None
-    seconds = Counter()  # of each process; as they fill side by side, the slowest one's count
+    # Of each process. They fill side by side, so that filling took as long as the slowest one.
+    seconds = Counter()
     for path in sorted(Path(folder).glob("shard-*.pt")):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
@@ -208,9 +210,9 @@ def atomic(path, mode="wb"):
 
 
 @contextlib.contextmanager
-def lock(folder, name=".lock", leftovers="*.tmp", wait=False):
-    """Make a folder, hold a lock of it, and remove what killed holders left half written. Where
-    another process holds the lock, raise OSError or, with `wait`, say so and wait."""
+def lock(folder, name=".lock", wait=False):
+    """Make a folder, and hold a lock of it. Where another process holds that, raise OSError or,
+    with `wait`, say so and wait."""
     os.makedirs(folder, exist_ok=True)
     with open(Path(folder, name), "a") as file:
         try:
@@ -222,8 +224,6 @@ def lock(folder, name=".lock", leftovers="*.tmp", wait=False):
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
             print(f"'{folder}' cannot be locked ({error.strerror}): use it from one process only")
-        for path in Path(folder).glob(leftovers):
-            path.unlink()
         yield
 
 
@@ -234,22 +234,25 @@ def complete(folder, model, utterances, args, dtype=None):
     """Fill what a cache lacks of this process's share of some utterances, and set the model's cut
     to the cache's. ValueError where the folder is no cache, or none to train the model from.
 
+    args : skip_bad, workers and device, of cache.py or train.py
+    dtype : of a new cache, a key of DTYPES (None: float16)
+
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
     cache may be read-only. Then behind the lock, as another run may have filled it meanwhile.
     """
-    import data  # the commands' own need, not the part to copy
+    import data  # Only commands need it, and no part of what is copied.
 
     process, processes = process_numbers()
     # A share is by position in the corpus, and not in what is missing now. Thus processes that look
     # at different moments leave no gap between them.
     _, missing = look(folder, model, utterances[process::processes], dtype)
+    rate = model.sample_rate
+    missing = missing and data.usable(missing, rate, args.skip_bad)
     if not missing:
         return
-    rate = model.sample_rate
-    missing = data.usable(missing, rate, args.skip_bad)
-    if not missing:  # --skip-bad has left out all of them.
-        return
-    with lock(folder, f".lock-{process}", f"shard-{process}-*.tmp", wait=True):
+    with lock(folder, f".lock-{process}", wait=True):
+        for path in Path(folder).glob(f"shard-{process}-*.tmp"):
+            path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = look(folder, model, missing, dtype)
         frames = sum(model.frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
@@ -264,7 +267,7 @@ def complete(folder, model, utterances, args, dtype=None):
 
 def look(folder, model, utterances, dtype):
     """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
-    those of some utterances that are missing. The model's cut becomes the folder's.
+    which of some utterances it lacks. The model's cut becomes the folder's.
 
     A folder with shards keeps its own cut and dtype. A new one gets the model's cut and float16.
     """
@@ -316,10 +319,13 @@ def process_numbers():
 
 
 def verify(folder, root):
-    """Print every utterance that is damaged or, with a corpus, whose recording is another now."""
+    """Print every utterance that is damaged or, with a corpus `root`, whose recording is another
+    now. ValueError if there are any."""
     import data
 
     entries, _, _ = read_entries(folder)
+    if not entries:
+        raise ValueError(f"'{folder}' holds no cache: give another folder by --out")
     paths = {}
     if root:
         utterances, _ = data.read_corpus(root, attributes=())  # Labels are of no interest here.
@@ -331,13 +337,15 @@ def verify(folder, root):
         try:
             dataset[i]  # raises an error if it is damaged
             entry = entries[u.name]
-            if u.path and zlib.crc32(Path(u.path).read_bytes()) != entry.audio_crc:
+            # A cache of one's own may know no CRC of a recording.
+            known = u.path and entry.audio_crc is not None
+            if known and zlib.crc32(Path(u.path).read_bytes()) != entry.audio_crc:
                 raise ValueError(f"'{u.path}' has changed: delete '{entry.path}'")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             tqdm.write(str(error))
             defects += 1
-    if defects or not entries:
-        raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are damaged")
+    if defects:
+        raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are not as filled")
     print(f"'{folder}': all {len(entries):,} utterances are intact")
 
 
@@ -356,8 +364,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.verify:
         return verify(args.out, args.data)
-    if not args.data or args.workers < 1:
-        parser.error("--data is required, and one thread in --workers")
+    if not args.data:
+        parser.error("--data is required, except with --verify")
+    if args.workers < 1:
+        parser.error("--workers must be above 0")
 
     import data
     import model as models

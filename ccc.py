@@ -5,8 +5,7 @@
     python ccc.py runs/partial3/predictions-Test1.csv
     python ccc.py predictions.csv --labels MSP-Podcast/Labels/labels_consensus.csv
 
-In comments: B batch, N utterances, A attributes. The last function, `shell`, has nothing to do with
-the CCC: all six scripts are started by it.
+In comments: B batch, N utterances, A attributes.
 """
 
 import argparse
@@ -24,10 +23,10 @@ def ccc(pred, target, eps=1e-8):
     ValueError where the shapes differ. PyTorch would broadcast (N, 1) against (N,) to (N, N), and
     compare every prediction with every label.
 
-    Two choices of ours, where the paper is silent. Variances and covariance are those of the
-    population, means over all n as Lin (1989) defines them: were one divided by n - 1 and the other
-    by n, ccc(x, x) would not be 1. And `eps` is added to the denominator, which is 0 if predictions
-    and labels are the same constant: the CCC is then 0 with finite gradients, and not NaN.
+    Two choices of ours, where the paper is silent. Variances and covariance are means over all n,
+    as Lin (1989) defines them. (torch.var divides by n - 1. Mixed with a mean, it would give a
+    ccc(x, x) that is not 1.) And `eps` is added to the denominator, which is 0 if predictions and
+    labels are the same constant: the CCC is then 0 with finite gradients, and not NaN.
     """
     if pred.shape != target.shape:
         raise ValueError(f"predictions {tuple(pred.shape)}, but targets {tuple(target.shape)}")
@@ -57,11 +56,12 @@ def ccc_loss(pred, target):
 
 def read_csv(path):
     """{FileName: row} of a CSV file."""
+    # With surrogateescape, the name of a file may be any bytes.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     table = {row.get("FileName"): row for row in rows}
-    # A name in two rows makes the table shorter than the rows.
-    if len(table) < max(len(rows), 2) or None in table:
+    # A name in two rows makes the table shorter than the rows. None is in it without that column.
+    if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     return table
 
@@ -72,15 +72,16 @@ def print_scores(path, labels=None):
     """
     pred = read_csv(path)
     target = read_csv(labels or path)
-    header = next(iter(pred.values()))
-    columns = [column for column in ("Act", "Val", "Dom") if column in header]
+    first_row = next(iter(pred.values()))
+    columns = [column for column in ("Act", "Val", "Dom") if column in first_row]
     pairs = []
     for name, row in pred.items():
         try:
             pairs.append([(float(row[c]), float(target[name][f"Emo{c}"])) for c in columns])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"'{path}': {name!r} lacks a prediction or label ({error}); --labels FILE?"
+                f"'{path}': {name!r} lacks a prediction or label ({error});"
+                " if labels are in another file, give --labels"
             ) from error
     pairs = torch.tensor(pairs, dtype=torch.float64)  # (N, A, 2)
     if not (columns and pairs.isfinite().all()):
@@ -102,9 +103,11 @@ def main(argv=None):
 
 def shell(main):
     """Start the main of any of the six scripts: bad input becomes one line and exit status 2,
-    Ctrl-C a line and 130. It stands here because this file imports least, and none of the others.
+    Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file
+    imports none of the others.
 
-    An interrupt may strike while another error becomes its line, so its try is the outermost.
+    An interrupt may strike while another error becomes its line, so its try is the outermost. For
+    the traceback of an error: python -c "import train; train.main()" and the options.
     """
     leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
     try:

@@ -57,6 +57,7 @@ def load_audio(source, sample_rate=16000, start=0.0, stop=None):
     With `start` or `stop`, in seconds, only that piece of a recording of any length.
     ValueError "name: reason; remedy" where a file cannot be used, OSError where not opened."""
     whole = start == 0 and stop is None
+    # Both helpers stand below, and judge whether the file is what it says.
     with open_sound(source, sample_rate, limited=whole) as (sound, file):
         rate = sound.samplerate
         blocks = read_blocks(sound, file, start, stop)  # each (S, channels)
@@ -92,8 +93,9 @@ def collate(items):
 
 def read_ahead(load, items, workers):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
-    items ahead. Our choice is threads: nothing is pickled, no shared memory fills up, and an error
-    arrives as it is; decoding, checksums and NumPy release the GIL."""
+    items ahead. Our choice is threads, and not a DataLoader's processes: nothing is pickled, no
+    shared memory fills up, and an error arrives as it is. Decoding, checksums and NumPy release the
+    GIL, so that threads do work side by side."""
     futures = deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
@@ -133,18 +135,19 @@ def to_unit(cell, low, high):
 
 
 def read_table(path, columns):
-    """Rows of a label file, {column: cell} each. ValueError where it lacks one of `columns`."""
+    """Rows of a label file, each with the number of its last line: [(line, {column: cell})].
+    ValueError where the file lacks one of `columns`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             header = reader.fieldnames or []
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeError) as error:
         raise ValueError(f"{path}: {error}; save it as CSV in UTF-8") from error
     missing = [column for column in columns if column not in header]
-    # A file whose cells are separated by semicolons or tabs has one long column.
-    hint = {0: "it is empty", 1: "separate its cells by commas"}.get(len(header), "add it")
     if missing:
+        # A file whose cells are separated by semicolons or tabs has one long column.
+        hint = {0: "it is empty", 1: "separate its cells by commas"}.get(len(header), "add it")
         raise ValueError(f"{path}: no column {', '.join(missing)} in {header[:20]}; {hint}")
     return rows
 
@@ -160,7 +163,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
     utterances = []
     problems = []
     names = set()
-    for line, row in enumerate(read_table(find(root, LABEL_FILES), columns), start=2):
+    for line, row in read_table(find(root, LABEL_FILES), columns):
         name, speaker, split, *cells = ((row[column] or "").strip() for column in columns)
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
@@ -196,6 +199,7 @@ def check_audio(utterances, sample_rate=16000):
         try:
             good.append(u._replace(samples=measure(u.path, sample_rate)))
         except ValueError as error:
+            # Without the name of the file, all that are wrong in the same way have the same text.
             kind = str(error).removeprefix(f"{u.path!r}: ")
             problems.append(Problem(kind, repr(u.name), u.split))
         except (FileNotFoundError, IsADirectoryError):
@@ -212,8 +216,8 @@ def simplify(name):
 
 
 def list_files(folder):
-    """{simplified name: path} of all files beside and below an audio folder, for those who look for
-    one that is missing: it may be in a sub-folder, or in Audio where there is Audios, too."""
+    """{simplified name: path} of all files in a corpus, whose audio folder this is: a file that is
+    missing there may be in a sub-folder, or in Audio where there is Audios, too."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
     return {simplify(os.path.basename(path)): path for path in walk(os.path.dirname(folder))}
@@ -245,9 +249,11 @@ def refuse(problems, skip_bad):
 
 
 def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
-    """The utterances of some splits of a corpus whose labels can be used. `usable` goes on."""
+    """The utterances of some splits of a corpus whose labels can be used. Whether their audio can,
+    `usable` tells. ValueError for a split without any."""
     utterances, problems = read_corpus(root, attributes, scale)
     refuse([problem for problem in problems if problem.split in (*splits, "")], skip_bad)
+    require(utterances, splits)
     return [u for u in utterances if u.split in splits]
 
 
@@ -258,12 +264,12 @@ def usable(utterances, sample_rate=16000, skip_bad=False):
     return good
 
 
-def require(utterances, splits):
-    """ValueError where a split is too small for a CCC."""
+def require(utterances, splits, least=1):
+    """ValueError where a split has fewer utterances than `least`. A CCC needs 2."""
     for split in splits:
         size = sum(u.split == split for u in utterances)
-        if size < 2:
-            raise ValueError(f"{size} usable utterances in {split}; see --splits")
+        if size < least:
+            raise ValueError(f"{size} usable utterances in split {split!r}: give another")
 
 
 # The second line is audio that only ffmpeg reads: it is found, and then refused by name.
@@ -296,7 +302,8 @@ def find_audio(paths):
         if not os.path.isdir(top):
             os.stat(top)  # an OSError where there is nothing
             found.append(Utterance(top, top))
-        for path in walk(top):  # nothing, if it is a file
+            continue
+        for path in walk(top):
             name = os.path.relpath(path, top)
             suffix = os.path.splitext(name)[1]
             hidden = "/." in f"/{name}"
@@ -459,7 +466,7 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
     """A corpus in the MSP-Podcast layout, labelled with what its sound was made from, plus noise
     (dominance: a mixture of both). No speaker is in two splits."""
     rng = np.random.default_rng(seed)
-    dominance_rng = np.random.default_rng((seed, 1))
+    dominance_rng = np.random.default_rng((seed, 1))  # of its own, so that it changes no sound
     Path(root, "Audios").mkdir(parents=True, exist_ok=True)
     Path(root, "Labels").mkdir(exist_ok=True)
     rows = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]

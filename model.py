@@ -2,8 +2,9 @@
 and saving (section IV).
 
 The one idea: waveform -> CNN -> stages 0 to L -> mean -> head. Stage 0 is the embedding
-(projection, positional convolution, LayerNorm), and stages 1 to L are the L transformer layers. The cut is the stage at which the model is divided: `prefix` is the CNN and the stages before
-the cut, without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
+(projection, positional convolution, LayerNorm), and stages 1 to L are the L transformer layers. The
+cut is the stage at which the model is divided: `prefix` is the CNN and the stages before the cut,
+without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
     full, and partial as in the paper   cut 0: the embedding is trained, so a gradient must reach it
     last 3, embedding frozen or cached  cut 10: nothing before stage 10 is trained
@@ -45,26 +46,28 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 
 class EmotionModel(nn.Module):
     """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer,
-    whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the encoder's
-    `feature_extractor` is the CNN, and its `encoder` is the transformer.
+    whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the
+    encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut
-    needs no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper, the
-    embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
+    needs no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper,
+    the embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
-    "paper" padding: the inputs of a batch are zero-padded to the longest, waveforms or, from a
-        cache, hidden states at the cut, which is not the same (IV-B, IV-C). Nothing is masked, and
-        the mean is over padded frames, too. So a prediction depends on its batch.
+    "paper" padding: a batch is zero-padded to its longest. Without a cache that is done to the
+        waveforms (IV-B), with one to the hidden states at the cut (IV-C), which gives other
+        predictions. Nothing is masked, and the mean is over padded frames, too. So a prediction
+        depends on its batch.
     "exact" padding: the CNN sees each waveform alone where it normalises over time, and padded
         frames are zero before the positional convolution, masked in attention and left out of the
         mean. So a prediction is what it would be alone (our choice, beside the paper's).
 
     `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on.
-    load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`. The model
-    normalises waveforms itself, in `prefix`.
+    load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`.
+    The model normalises waveforms itself, in `prefix`.
 
-    Whatever config.json says, SpecAugment and layer drop never run, as no cache could have them:
-    `run_stages` calls the layers itself. Checkpointing is switched off, too: train.py has its own.
+    SpecAugment and layer drop never run, whatever config.json says, because a cache could not have
+    them: `run_stages` calls the layers itself, and the forward of Hugging Face that has both is not
+    called. Its checkpointing is switched off, too, as train.py has its own.
     """
 
     # Raise it whenever what `prefix` computes changes: older caches are then refused.
@@ -88,7 +91,8 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        self.scale = None  # The least and greatest label, of a run: `build` sets it and the next.
+        # `build` sets these two for a run: its least and greatest label, and its encoder's digest.
+        self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
@@ -127,7 +131,7 @@ class EmotionModel(nn.Module):
 
     def suffix(self, hidden, frames):
         """All from the cut on: takes what `prefix` returns, returns (B, A) float32, a column an
-        attribute. It is trained towards labels on 0 to 1, and not clipped."""
+        attribute. Labels are on 0 to 1, but predictions are not clipped."""
         check_batch(hidden, frames)
         mask = self.mask(hidden, frames)
         stages = range(self.cut, len(self.encoder.encoder.layers) + 1)
@@ -173,14 +177,14 @@ class EmotionModel(nn.Module):
 
     def normalised(self, wave, samples):
         """Wave (B, S) -> a new float32 (B, S): each row's true samples with mean 0 and variance 1,
-        if the checkpoint wants that, and zeros after them. The moments are those of the true samples,
-        before padding, by Hugging Face's formula."""
+        if the checkpoint wants that, and zeros after them. The moments are those of the true
+        samples, before padding, by Hugging Face's formula."""
         result = torch.zeros_like(wave, dtype=torch.float32)
         for i, n in enumerate(samples):
-            true = wave[i, :n].float()
+            own = wave[i, :n].float()
             if self.normalise:
-                true = F.layer_norm(true, true.shape, eps=1e-7)
-            result[i, :n] = true
+                own = F.layer_norm(own, own.shape, eps=1e-7)
+            result[i, :n] = own
         return result
 
     def features(self, wave, samples):
@@ -205,9 +209,9 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Under autocast, too, both of its LayerNorms take float32, by the .float() here and the one
-        in run_stages. One over bfloat16 on a CPU would add up its weight's gradient over all frames in
-        bfloat16, which is up to 46 % off.
+        Both of its LayerNorms take float32, also under autocast: the .float() in run_stages is for
+        that of the projection, and the one here for the other. On a CPU, a LayerNorm over bfloat16
+        adds up its weight's gradient over all frames in bfloat16, which is up to 46 % off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -228,8 +232,8 @@ class EmotionModel(nn.Module):
         if mask is not None:
             options["attention_mask"] = mask[:, None, None]  # (B, 1, 1, T): all heads, all queries.
         if self.is_wavlm:
-            # The first layer holds the position biases (heads, T, T) of all layers. Each layer
-            # multiplies them by a gate of its own.
+            # The first layer holds the position biases (heads, T, T) of all layers. Each layer gets
+            # them here, and multiplies them by a gate of its own.
             longest = hidden.shape[1]
             bias = layers[0].attention.compute_bias(longest, longest)
             options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B * heads, T, T)
@@ -256,14 +260,17 @@ def first_of(output):
 
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D). `position_bias` (B * heads, T, T) is gated already."""
+    """WavLM's attention of hidden (B, T, D), in place of its method of this name -> (B, T, D), and
+    None for the attention's weights. `position_bias` (B * heads, T, T) is gated already. What else
+    the method is given depends on the version of transformers, and is of no use here."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
         split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
     if mask is not None:
-        # It cannot be in position_bias, as its gate's gradient would be 0 times infinity, NaN.
+        # Were the -inf in position_bias before its gate, the gate's gradient would be 0 times
+        # infinity, which is NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
@@ -331,10 +338,11 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
             model.cut = 0
             for part in model.embedding():
                 part.requires_grad_(True)
-    model.train(model.training)  # Now it is known which parts are frozen, and stay in eval mode.
+    model.train(model.training)  # It sets frozen parts to eval mode: now it is known which.
 
 
 def check_freeze(model, method, layers, depth, freeze_embedding):
+    """The ValueErrors of `freeze`, for an encoder of `depth` layers."""
     if method not in ("full", "partial", "lora"):
         raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
     if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
@@ -352,7 +360,8 @@ def trainable(model):
 
 # ---- load an encoder ----
 
-# What a config.json may say of how to run, not of what the weights compute. None of it is obeyed.
+# What a config.json may say of training and of the form of outputs. None of it changes what the
+# weights compute, and each key is set to this value: the code here expects it.
 IGNORED = {
     "gradient_checkpointing": False,
     "layerdrop": 0.0,
@@ -381,7 +390,7 @@ def load_encoder(name):
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",  # All families have it. EmotionModel chooses another.
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=True,  # They are refused below, by the same line as missing ones.
         output_loading_info=True,
     )
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -423,8 +432,8 @@ def from_pretrained(auto, name, **options):
 
 
 def digest(encoder):
-    """SHA-256 of an encoder, of all that its numbers come from: the weights, and of its
-    configuration what HASHED names. By it a run and a cache know the encoder that they were made with."""
+    """SHA-256 of all that an encoder computes with: its weights, and of its configuration what
+    HASHED names. By it a run and a cache know their encoder again."""
     settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
     sha256 = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -437,8 +446,8 @@ def digest(encoder):
 
 
 def load_trained(model, weights):
-    """Put {name: tensor} of a checkpoint into the parameters that are trained. To be called inside
-    `blame`, which puts the name of the file before a message."""
+    """Put {name: tensor} of a checkpoint into the parameters that are trained. ValueError where it
+    has others. Call it inside `blame`, which puts the file's name before the message."""
     if trainable(model).keys() != weights.keys():
         raise ValueError("it holds the weights of another method or number of layers")
     model.load_state_dict(weights, strict=False)
@@ -466,8 +475,8 @@ def load_run(run, name=None):
     the greatest label of its corpus.
 
     best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now,
-    or where config.json says. OSError or ValueError, in one line that names the file, where either is
-    missing, damaged, or another than the run's.
+    or where config.json says. OSError or ValueError, in one line that names the file, where either
+    is missing, damaged, or another than the run's.
     """
     with blame(Path(run, "config.json")) as path:
         name = name or str(json.loads(path.read_text())["model"])
@@ -498,7 +507,8 @@ def blame(path):
 
 @contextlib.contextmanager
 def explain_memory(advice):
-    """Full memory, in whichever words a library has for it, is one line with advice."""
+    """Where memory is full, in whichever words a library says that: MemoryError of one line, with
+    advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -539,12 +549,15 @@ def predict(args):
         header += [f"Emo{column}" for column in columns]
         split = args.split or "Test1"
         scale = args.scale or model.scale
-        utterances = data.load_corpus(args.data, [split], model.attributes, scale)
+        with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
+            utterances = data.load_corpus(
+                args.data, [split], model.attributes, scale, args.skip_bad
+            )
     else:
         utterances = data.find_audio(args.audio)
     failed = False
     with open_csv(args.csv, header) as writer:
-        # On a terminal, rows and a bar would mix. None shows a bar only where stderr is a terminal.
+        # With rows on the terminal there is no bar. None: only where stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, scores in score_file(model, u.path, args.window, args.hop):
@@ -561,10 +574,10 @@ def predict(args):
 @torch.no_grad()
 def score_file(model, path, window=None, hop=None):
     """Yield (bounds, scores) of a file, or of each of its windows. Bounds are () or (start, stop)
-    in seconds, and scores are floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
+    in seconds, and scores floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
     import data
 
-    pieces = [()]
+    pieces = [()]  # the whole
     if window:
         pieces = windows(data.duration(path), window, hop)
     for bounds in pieces:
@@ -662,7 +675,8 @@ print(score("clip.wav", function_to_apply="none", top_k=None))
 def params(args):
     """Print trainable parameters of every row of Table I, from shapes alone."""
     config = read_config(args.model) if args.model else transformers.Wav2Vec2Config()
-    with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
+    name = args.model or "wav2vec2-base"
+    with blame(name), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
     total = sum(p.numel() for p in model.encoder.parameters())
     counts = range(min(3, len(model.encoder.encoder.layers)), 0, -1)
@@ -706,6 +720,7 @@ def main(argv=None):
     add("--data", help="score a split of this corpus, and write its labels beside")
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
+    add("--skip-bad", action="store_true", help="leave out what of --data has no usable labels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--model", help=where)
     add = commands.add_parser("export", help="write a Hugging Face folder").add_argument
@@ -720,8 +735,8 @@ def main(argv=None):
             args.hop = args.window
         if bool(args.audio) == bool(args.data):
             parser.error("predict takes audio, or --data")
-        if (args.split or args.scale) and not args.data:
-            parser.error("--split and --scale need --data")
+        if (args.split or args.scale or args.skip_bad) and not args.data:
+            parser.error("--split, --scale and --skip-bad need --data")
         if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0):
             parser.error("--hop must be at least .1, and at most --window")
     {"predict": predict, "export": export, "params": params}[args.command](args)

@@ -23,8 +23,8 @@ TRAINED = str.split("method layers precision rank alpha lora_dropout")
 # Runs that agree in all of ROW are seeds of one row.
 ROW = TRAINED + str.split("""attributes padding eval_batch_size cached cache freeze_embedding
     processes chunk recompute""")
-# All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise. Only
-# `labels`, a digest of the labels of a run's own attributes, differs with these.
+# All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise.
+# `labels` is a digest of the labels of a run's attributes: it agrees where the attributes do.
 SAME = str.split("corpus splits scale encoder_sha256 labels epochs batch_size lr dropout")
 # A run's result.json must have a number under each of these.
 NUMBERS = str.split("""seed layers rank alpha lora_dropout processes eval_batch_size
@@ -50,7 +50,8 @@ def compare(scores, reference):
 
 
 def decide_mark(cached, difference, p, p_anova):
-    """† significantly lower, ‡ higher; neither is NS in cached rows, as in the paper's table.
+    """The mark of a row: † if it is significantly lower than its reference, ‡ if higher. If
+    neither, a cached row has NS, as in the paper's table, and another has no mark.
 
     A t-test counts only where the ANOVA before it is significant, too.
     """
@@ -61,21 +62,25 @@ def decide_mark(cached, difference, p, p_anova):
 
 def find_alike(row, rows, wanted):
     """That uncached row which has the wanted settings and may be compared with `row`, or None.
-    Of several it is the first that was computed in the same way, or else the first."""
+    Of several it is one whose embedding is trained, as the paper's, then one that was computed in
+    the same way, then the first."""
     wanted = wanted | {"scored": row["scored"], "cached": False, "several": True}
     fitting = [other for other in rows if wanted.items() <= other.items()]
-    # The key is False, the least, where both were computed in the same way.
-    return min(fitting, key=lambda other: other["computed"] != row["computed"], default=None)
+
+    def strangeness(other):  # False comes before True.
+        return bool(other["freeze_embedding"]), other["computed"] != row["computed"]
+
+    return min(fitting, key=strangeness, default=None)
 
 
-def test_attribute(rows, attribute):
+def mark_attribute(rows, attribute):
     """Section V for one attribute, over the rows that have it and two seeds or more.
 
     Fills row["marks"], and returns a line {column: text} for each t-test.
     """
     rows = [row for row in rows if attribute in row and row["several"]]
     lines = []
-    # In turn every row that is some others' full fp32: that of each padding, say.
+    # A table may hold several rows of full fp32, say one of each padding. Each has its own ANOVA.
     for full in rows:
         others = [row for row in rows if row is not full and not row["cached"]]
         compared = [row for row in others if find_alike(row, rows, FULL) is full]
@@ -85,16 +90,16 @@ def test_attribute(rows, attribute):
             # As in `compare`, NaN means that nothing varies at all.
             p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
             for row in compared:
-                lines.append(test_pair(row, full, attribute, len(compared), p_anova))
+                lines.append(mark_pair(row, full, attribute, len(compared), p_anova))
     for row in rows:
         twin = find_alike(row, rows, {key: row[key] for key in TRAINED})
         if row["cached"] and twin:
             # The paper has no ANOVA here, and no correction.
-            lines.append(test_pair(row, twin, attribute))
+            lines.append(mark_pair(row, twin, attribute))
     return lines
 
 
-def test_pair(row, other, attribute, tests=1, p_anova=0.0):
+def mark_pair(row, other, attribute, tests=1, p_anova=0.0):
     """Mark a row by its t-test against another, and return the line that tells of it."""
     p, difference, interval = compare(row[attribute], other[attribute])
     corrected = min(1.0, p * tests)  # Bonferroni: so many rows are compared with the other one.
@@ -172,7 +177,7 @@ def make_row(runs):
         raise ValueError(f"a seed twice in {[run['folder'] for run in done]}")
     failed = [run["device_memory_bytes"] / 1e9 for run in runs if run["out_of_memory"]]
     row["failed_gb"] = max(failed, default=0)
-    row["devices"] = ", ".join(sorted({f"{run['device']}" for run in runs}))
+    row["devices"] = ", ".join(sorted({str(run["device"]) for run in runs}))
     # Only rows that agree in this are compared. In paper padding, the score of an utterance depends
     # on what else is in its batch.
     batch = row["eval_batch_size"] if row["padding"] == "paper" else ""
@@ -193,9 +198,13 @@ def group_rows(runs):
     for run in runs:
         groups.setdefault(tuple(run[key] for key in ROW), []).append(run)
     rows = [make_row(group) for group in groups.values()]
-    rows.sort(key=lambda row: (row["trainable_parameters"], row["precision"] != "fp32"))
-    # What is sorted again keeps this order among equals. As text, too, False comes before True.
-    rows.sort(key=lambda row: f"{row['scored']} {row['cached']} {row['freeze_embedding']}")
+
+    def place(row):
+        # As texts, whatever a damaged file holds can be sorted, and False comes before True.
+        kind = row["scored"], str(row["cached"]), str(row["freeze_embedding"])
+        return *kind, row["trainable_parameters"], row["precision"] != "fp32"
+
+    rows.sort(key=place)
     for row in rows:
         # What tells rows of the same short name apart is added to it.
         alike = [other for other in rows if other["short"] == row["short"]]
@@ -246,7 +255,9 @@ def table_one(rows, attributes):
 
 
 def memory_table(rows, sizes):
-    """Table II: ✓ from a row's peak on, ✗ below it and up to a card on which it failed, else ?."""
+    """Table II, {column: text} a row, for cards of some sizes in GB (10^9 bytes): ✓ from a row's peak
+    on, ✗ below it and up to a card on which it failed, else ?. A peak is what was allocated, or on
+    a CPU resident; a GPU needs some hundred MB beside it."""
     table = []
     for row in rows:
         peak = max(row["peak_memory_bytes"], default=0) / 1e9
@@ -273,15 +284,16 @@ def plot(rows, attributes, path):
         panel.set(xlabel="training time (h)", ylabel=f"{attribute} CCC")
         for row in rows:
             if attribute in row and row["several"]:
-                # Of "partial3 fp16 cached", 3 is the marker, and what follows has a colour. The
-                # other methods have no number, and F or L for a marker.
+                # Of "partial3 fp16 cached", 3 is the marker, and what follows has a colour. "full"
+                # and "lora" have no number, and F and L for markers.
                 method, kind = row["name"].split(" ", 1)
+                number = method[len("partial") :]
                 colors.setdefault(kind, COLORS[len(colors) % len(COLORS)])
                 handles[row["name"]] = panel.errorbar(
                     row["train_seconds"].mean() / 3600,
                     row[attribute].mean(),
                     row[attribute].std(ddof=1),
-                    marker=f"${method[7:] or method[0].upper()}$",
+                    marker=f"${number or method[0].upper()}$",
                     markersize=10,
                     color=colors[kind],
                     ls="",
@@ -326,7 +338,7 @@ def main(argv=None):
         show(memory_table(rows, args.memory), args.format)
         return
     attributes = sorted({name for row in rows for name in row["attributes"].split("+")})
-    tests = [line for attribute in attributes for line in test_attribute(rows, attribute)]
+    tests = [line for attribute in attributes for line in mark_attribute(rows, attribute)]
     show(table_one(rows, attributes), args.format)
     if args.verbose:
         show(tests, args.format)

@@ -45,7 +45,12 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def fit(args, model, datasets, config):
-    """Train, keep the best epoch, and score the test split once with it (section IV-D)."""
+    """Train, keep the best epoch, and score the test split once with it (section IV-D).
+
+    args : of parse_args
+    datasets : {split: dataset}, as make_datasets returns
+    config : {key: value}, what config.json is to say of the run (see describe_run)
+    """
     train, dev, test = (datasets[split] for split in args.splits)
     parameters = models.trainable(model)
     # AdamW's default weight decay .01 and no clipping: our choice, as the paper names neither.
@@ -53,7 +58,7 @@ def fit(args, model, datasets, config):
     # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the
     # loss, divides before the step, and leaves out a step with an infinity. bfloat16 needs none.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    # A resumed run reads last.pt before anything is written, and then writes config.json first.
+    # Without an earlier run, history is empty and best is None.
     history, best = read_last(args, model, optimizer, scaler)
     start_run(args, config, history)
     if history:
@@ -86,14 +91,15 @@ def fit(args, model, datasets, config):
     if RANK == 0:
         write_predictions(args, test.utterances, predictions)
         write_result(args, config, history, best, scores | {"n": len(test)})
-    text = f"{args.splits[2]} with epoch {best['epoch']}: {show(scores)}"
+    text = f"{args.splits[2]} with epoch {best['epoch']}: {format_scores(scores)}"
     print(f"{text}  ({args.out}/result.json)", flush=True)
 
 
 def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     """One pass over the training split -> mean loss of its steps."""
     model.train()
-    # Dropout's seed: a resumed epoch draws what it would have drawn, without stored generators.
+    # Every epoch seeds its dropout. So a resumed one draws what it would have drawn, and no state of
+    # a generator has to be saved. Processes have different utterances, and so different seeds.
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     losses = []
     wanted = batches(dataset, args, epoch)
@@ -104,11 +110,11 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         targets = dataset.targets[batch].to(args.device, non_blocking=True)
         loss = ccc_loss(predictions, targets)  # in float32, over the whole batch
         scaler.scale(loss).backward()
-        sum_gradients(optimizer)  # over processes; in one, nothing happens
+        sum_gradients(optimizer)  # Over processes. In one process nothing happens.
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # last, because it waits for the GPU
+        losses.append(loss.item())  # It comes last, because it waits for the GPU.
         check_loss(losses, epoch, dataset, batch)
     return sum(losses) / len(losses)
 
@@ -130,19 +136,17 @@ def predict_batch(model, chunks, args):
     cache, hidden states (c, T, D), lengths their frames.
 
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
-    the loss: only the model runs chunk by chunk, and the predictions come back together.
+    the loss. Only the model runs chunk by chunk, and the predictions come back together.
     `args.recompute` drops what `suffix` has computed and does it again, dropout alike, in the
     backward pass: peak memory is one chunk's (section II-D).
     """
     predictions = []
     for inputs, lengths in chunks:
-        inputs = inputs.to(args.device, non_blocking=True).float()
-        if args.cached:
-            hidden = inputs
-            frames = lengths
-        else:
-            hidden, frames = model.prefix(inputs, lengths)
-        if args.recompute and torch.is_grad_enabled():
+        hidden = inputs.to(args.device, non_blocking=True)
+        frames = lengths
+        if not args.cached:
+            hidden, frames = model.prefix(hidden, lengths)
+        if args.recompute:
             part = checkpoint(model.suffix, hidden, frames, use_reentrant=False)
         else:
             part = model.suffix(hidden, frames)
@@ -181,7 +185,7 @@ def batches(dataset, args, epoch=None):
     """
 
     def length(i):
-        return dataset.frames[i], i  # make_datasets sets `frames`, for cached and uncached alike
+        return dataset.frames[i], i  # `frames` is what make_datasets has added to a dataset.
 
     if epoch is None:
         indices = list(range(len(dataset)))
@@ -207,7 +211,8 @@ def load_ahead(name, wanted, dataset, args, process=0, processes=1):
 
 
 def load_chunks(dataset, args, process, processes, batch):
-    """A process's share of a batch of indices, in chunks -> the batch, [(inputs, lengths)].
+    """A process's share of a batch of indices, in chunks -> the batch as it came, for its targets,
+    and [(inputs, lengths)].
 
     Zeros follow waveforms (c, S), as in IV-B, or hidden states (c, T, D) from a cache, as in IV-C.
     In "paper" padding every chunk is padded to the longest of the whole batch, so that chunks and
@@ -224,7 +229,7 @@ def load_chunks(dataset, args, process, processes, batch):
             zeros = inputs.new_zeros(len(inputs), lacking, *inputs.shape[2:])
             inputs = torch.cat([inputs, zeros], dim=1)
         if args.device == "cuda":
-            inputs = inputs.pin_memory()  # so that copying it need not wait
+            inputs = inputs.pin_memory()  # So copying it to the GPU need not wait.
         chunks.append((inputs, lengths))
     return batch, chunks
 
@@ -238,24 +243,25 @@ def autocast(args):
 
 
 def gather(predictions, n):
-    """This process's predictions (b, A) -> those of the whole batch of n, (n, A).
+    """This process's predictions (b, A) -> those of the whole batch of n, (n, A), in its order.
 
-    Others' are constants here: each process has the loss of the whole batch, and of its gradient
-    the part that goes through its own predictions. The parts add up to the whole gradient. The sum
-    over processes has no gradient itself. So after it, this process's own predictions, which have
-    one, are written over their copies.
+    Each process computes the loss of the whole batch. In it, other processes' predictions are
+    constants, and only its own have a gradient. So it has a part of the whole gradient, and
+    `sum_gradients` adds the parts up.
     """
     if PROCESSES == 1:
         return predictions
     everyone = predictions.new_zeros(n, predictions.shape[1])
     everyone[RANK::PROCESSES] = predictions.detach()
     add_up(everyone)
+    # The sum over processes has no gradient, so here the own predictions come back with theirs.
     everyone[RANK::PROCESSES] = predictions
     return everyone
 
 
 def sum_gradients(optimizer):
-    """Add up every gradient over processes: before scaler.step, so that all find its infinities."""
+    """Add up every gradient over processes. It happens before scaler.step, so that all processes
+    find the same infinities in it, and leave out the same steps."""
     parameters = optimizer.param_groups[0]["params"]
     add_up(*(p.grad for p in parameters if p.grad is not None))
 
@@ -279,7 +285,7 @@ def exchange(value):
 
 @contextlib.contextmanager
 def peers():
-    """The error of a process whose peers have ended is one line, which points to theirs."""
+    """The error of a process that waits for another, which has ended, is one line."""
     try:
         yield
     except RuntimeError as error:
@@ -299,9 +305,10 @@ SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
 def run(args):
     """One row and seed of Table I, from corpus to result.json.
 
-    An earlier run in --out is first compared with all of `config` that is known at once. If it is
-    finished, nothing is touched. If not, the cache is filled, compared, too, and trained from.
+    An earlier run in --out is compared twice: at once with all that is known of this one, and with
+    all of it when the cache is full. If the earlier run is finished, the cache is not touched.
     """
+    check_place(args)
     torch.manual_seed(args.seed)
     encoder, audio = models.load_encoder(args.model)
     model = models.build(encoder, audio, vars(args)).to(args.device)
@@ -311,10 +318,10 @@ def run(args):
     config = describe_run(args, model, utterances)
     if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
-        data.require(utterances, args.splits)
+        data.require(utterances, args.splits, least=2)
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
-        compare(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
+        check_resumable(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
         if holds_epochs(args) and is_finished(args):
             print(f"'{args.out}' is finished")
             return
@@ -322,7 +329,7 @@ def run(args):
         if args.cached:
             entries, utterances, contents = fill_cache(args, model, utterances)
             config |= contents
-            compare(args, config, MAY_DIFFER)
+            check_resumable(args, config, MAY_DIFFER)
         datasets = make_datasets(args, model, utterances, entries)
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
         if steps == 0:
@@ -341,13 +348,16 @@ def run(args):
                 fit(args, model, datasets, config)
         except MemoryError:  # It is a result as well: Table II.
             failure = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
-            write_json(args, "result.json", config | failure)
+            # Several processes may come here at once. Each has a file of its own, and one remains.
+            write_json(args, f"result.json.{RANK}", config | failure)
+            Path(args.out, f"result.json.{RANK}").replace(Path(args.out, "result.json"))
             raise
 
 
 def describe_run(args, model, utterances):
-    """config.json: what makes this run, and where it runs. What is None of its audio or cache is
-    filled in by `run` when it is known. Utterances are all whose labels can be used."""
+    """What config.json says: all that makes this run, and where it runs. `utterances` are those
+    whose labels can be used. The last four values are of the audio or the cache: `run` sets them
+    when they are known."""
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
         memory = torch.cuda.mem_get_info()[1]
@@ -365,11 +375,9 @@ def describe_run(args, model, utterances):
         "device": device,
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "audio": None,
-        "cache": None,  # args.cache is a place; here stands what is in it: "cut 10, float16"
-        "cache_contents": None,
-        "fill_seconds": None,
     }
+    # args.cache is a place. In config.json stands what is in it, as "cut 10, float16".
+    config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"], config["demo"], config["why"]
     return config
 
@@ -388,7 +396,7 @@ def fill_cache(args, model, utterances):
     exchange("filled")  # All processes wait here until the cache is full.
     entries, fingerprint, seconds = cache.read_entries(args.cache)
     utterances = [u for u in utterances if u.name in entries]
-    data.require(utterances, args.splits)
+    data.require(utterances, args.splits, least=2)
     contents = {
         "cache": "cut {cut}, {dtype}".format(**fingerprint),
         "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
@@ -412,12 +420,25 @@ def make_datasets(args, model, utterances, entries):
     return datasets
 
 
+def check_place(args):
+    """ValueError where this run would write over files in --out that no run has written."""
+    path = Path(args.out, "config.json")
+    # It is the first file of a run. That of an encoder, of the same name, has no seed.
+    if path.exists() and b'"seed"' in path.read_bytes():
+        return
+    names = ["config.json", "metrics.jsonl", "result.json", f"predictions-{args.splits[2]}.csv"]
+    foreign = [name for name in names if Path(args.out, name).exists()]
+    if foreign:
+        raise ValueError(f"'{path}' is not of a run, and {foreign} would be lost: give a new --out")
+
+
 def holds_epochs(args):
-    """Whether a run in --out has saved an epoch. One without its last.pt is to be noticed, too."""
+    """Whether a run in --out has saved an epoch. If only one of both files is left, it has, too,
+    and what lacks is an error then."""
     return any(Path(args.out, name).exists() for name in ("last.pt", "best.pt"))
 
 
-def compare(args, config, ignored):
+def check_resumable(args, config, ignored):
     """ValueError if --out holds epochs that may not be continued: without --resume any, and with it
     those of a longer run, or of one whose config.json differs in more than the ignored keys."""
     if not holds_epochs(args):
@@ -435,7 +456,7 @@ def compare(args, config, ignored):
 
 
 def is_finished(args):
-    """Whether --out holds the result of so many epochs."""
+    """Whether --out holds the result of as many epochs as are asked for."""
     path = Path(args.out, "result.json")
     if not path.exists():
         return False
@@ -455,15 +476,15 @@ def read_last(args, model, optimizer, scaler):
         models.load_trained(model, last["weights"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        history = [dict(line) for line in last["history"]]  # an error, if a line is none
+        history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
         return history, last["best"]
 
 
 def start_run(args, config, history):
     """Begin to write: remove result.json, then write config.json.
 
-    By now all processes have read what they need, and here they make sure that they agree. On
-    separate disks they may have started from different files, and nothing else would notice.
+    By now all processes have read what they need of the run folder. Here they make sure that they
+    agree: on separate disks they may have read different files, and nothing else would notice.
     """
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
     mine = json.dumps([same, len(history)])
@@ -529,13 +550,13 @@ def write_predictions(args, utterances, predictions):
 def report_epoch(line, is_best, args):
     """Print what metrics.jsonl says of an epoch, and how long the remaining ones will take."""
     text = f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f},"
-    text += f" {args.splits[1]} {show(line['dev'])}{' (best)' * is_best}"
+    text += f" {args.splits[1]} {format_scores(line['dev'])}{' (best)' * is_best}"
     seconds = line["train_seconds"] + line["eval_seconds"]
     left = timedelta(seconds=round((args.epochs - line["epoch"]) * seconds))
     print(f"{text}, {seconds:.1f} s, {left} left", flush=True)
 
 
-def show(scores):
+def format_scores(scores):
     return " ".join(f"{attribute} {score:z.4f}" for attribute, score in scores.items())
 
 
@@ -554,8 +575,8 @@ def peak_memory(device):
 
 
 def demo(folder):
-    """Arguments that train the last 3 layers from a cache, on synthetic speech, which is made if it
-    lacks, and at the size and rate of a tiny encoder."""
+    """Arguments that train the last 3 layers of a tiny encoder from a cache, on synthetic speech.
+    Both are made first, if they are not there."""
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
@@ -565,7 +586,7 @@ def demo(folder):
     return parse_args(places + line.split())
 
 
-# Options whose values are above 0, if given.
+# The value of each of these options, if it has one, must be above 0.
 POSITIVE = str.split("epochs batch_size eval_batch_size lr layers rank alpha chunk workers")
 
 
@@ -613,11 +634,11 @@ def parse_args(argv):
         if PROCESSES > 1:
             parser.error("--demo runs in one process")
         return demo(args.out or "demo")
-    refuse(parser.error, args)
+    check_options(parser.error, args)
     return resolve(args)
 
 
-def refuse(error, args):
+def check_options(error, args):
     """Call `error`, which ends the program with a line, where options make no sense: first the
     combinations, then single values."""
     if not (args.data and args.out):

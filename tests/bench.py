@@ -7,11 +7,11 @@ wav2vec2-base, its own dropouts, lengths like MSP-Podcast's, and train.train_epo
 
 Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole. A
 CPU runs of each chunk only every k-th utterance, the longest included, so that --batch of them (4)
-remain, padded as the chunk is. The time, but for the optimizer's, is scaled up. --batch 32 runs all.
+remain, padded as the chunk is. All time but the optimizer's is scaled up. --batch 32 runs it whole.
 s/step: median of several after the first, without waiting for data. hours: 5 epochs over Train of
 MSP-Podcast. peak GB: where all is run. of rate: arithmetic over the rate of a large matrix product
 just after (convolutions in TF32 may pass 1); useful: without that on padding. waiting: for data.
-attention (batched products, softmax), products, random (dropout), optimizer, other: shares of a step.
+attention (batched products, softmax), products, random (dropout), optimizer, other: parts of a step.
 """
 
 import argparse
@@ -45,7 +45,7 @@ import model as models
 import train
 
 BATCH, RATE = 32, 16000
-# dropouts of wav2vec2-base's own config.json that differ from transformers' defaults, as far as known
+# what differs from transformers' defaults in wav2vec2-base's own config.json, as far as known
 BASE = {"activation_dropout": 0.0, "feat_proj_dropout": 0.1}
 TRAIN, CACHED = 84030, 84030 + 19815 + 30647  # utterances of MSP-Podcast 1.11: Train, three splits
 METHODS = {  # options of train.py, whose default precision is mixed
@@ -282,7 +282,7 @@ def run_step(step, folder):
         data.main([str(folder)])
     elif step == "fill":
         model = models.build(*models.load_encoder(args.model), vars(args))
-        utterances = data.load_corpus(folder, data.SPLITS)
+        utterances = data.load_corpus(folder, data.SPLITS[:3])
         fingerprint, missing = cache.look(args.cache, model, utterances, None)
         start = timeit.default_timer()
         cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in missing))

@@ -60,8 +60,8 @@ def test_autocast_changes_nothing(dtype):
 
 
 def test_shapes_that_differ():
-    """Predictions and targets of two shapes are refused: broadcast, (N, 1) against (N,) would give a
-    loss of everybody against everybody."""
+    """Predictions and targets of two shapes are refused: broadcast, (N, 1) against (N,) would give
+    a loss of everybody against everybody."""
     for pred, target in [((50, 1), (50,)), ((50, 2), (50, 1)), ((50, 2), (50,)), ((50,), (1,))]:
         for function in (ccc, ccc_loss):
             with pytest.raises(ValueError, match="predictions .* targets"):

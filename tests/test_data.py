@@ -139,10 +139,10 @@ def test_scale_and_attributes(tmp_path):
 
 
 def test_rows_that_are_problems(tmp_path):
-    """Each kind of row that cannot be used is a problem of its own kind, with its line. Labels are
-    decimal numbers of the scale: Python's float would read 0_3 as 3."""
+    """Each kind of row that cannot be used is a problem of its own kind, with its line, also after
+    an empty one. Labels are decimal numbers of the scale: Python's float would read 0_3 as 3."""
     cells = ["", "0_3", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
-    rows = [f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells]
+    rows = ["", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
     rows += ["a.wav,N,4,4,,1,F,Train", "a.wav,N,4,4,,1,F,Train", "b.wav,N,4,4,,1,F,Dev"]
     rows += ["../c.wav,N,4,4,,1,F,Train", "d.wav,N,4", "e.wav,N,4,4,,1,F,Train,7"]
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
@@ -152,7 +152,7 @@ def test_rows_that_are_problems(tmp_path):
     kinds += ["not the plain name of a file"] + ["too few or too many cells"] * 2
     assert [p.kind for p in problems] == kinds
     lines = [int(p.where.removeprefix("line ").split(":")[0]) for p in problems]
-    assert lines == [*range(2, 11), *range(12, 17)] and problems[10].split == ""
+    assert lines == [*range(3, 12), *range(13, 18)] and problems[10].split == ""
 
 
 FILES = [  # bytes of a label file, what is said of it
@@ -191,8 +191,10 @@ def test_one_list_of_problems(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("skipped: 5 unusable")
     assert [u.name for u in good] == ["6.wav", "7.wav"] and good[0].samples == 1600
     data.require(good, ["Train"])
-    with pytest.raises(ValueError, match="^1 usable utterances in Train; see --splits$"):
-        data.require(good[:1], ["Train"])
+    with pytest.raises(ValueError, match="^1 usable utterances in split 'Train': give another$"):
+        data.require(good[:1], ["Train"], least=2)
+    with pytest.raises(ValueError, match="^0 usable utterances in split 'train'"):
+        data.load_corpus(tmp_path, ["train"])
 
 
 def test_missing_audio(tmp_path, monkeypatch):

@@ -99,9 +99,9 @@ def hugging_face(reference, rows):
 @torch.no_grad()
 @every_family
 def test_every_cut(family):
-    """Cut at any stage, suffix(prefix(x)) is Hugging Face's forward behind its feature extractor: in
-    paper padding that of the padded batch, in exact padding that of each waveform alone, which is
-    not the same. The caller's wave stays as it was."""
+    """Cut at any stage, suffix(prefix(x)) is Hugging Face's forward behind its feature extractor:
+    in paper padding that of the padded batch, in exact padding that of each waveform alone, which
+    is not the same. The caller's wave stays as it was."""
     batch = ragged()
     for normalise in (True, False):
         rows = extract(batch, normalise)
@@ -541,7 +541,7 @@ FULL = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeErro
 
 @pytest.mark.parametrize("error", [*FULL, RuntimeError("shapes differ")], ids=repr)
 def test_explain_memory(error):
-    """Full memory, with words or without, is an error with advice; any other error stays as it is."""
+    """Full memory, with words or without, is an error with advice; others stay as they are."""
     expected = (MemoryError, "out of memory: less") if error in FULL else (RuntimeError, "differ")
     with pytest.raises(expected[0], match=expected[1]), models.explain_memory("less"):
         raise error
@@ -662,8 +662,8 @@ def test_exported_folder(small, encoder, tmp_path, monkeypatch):
 
 
 def test_a_run_elsewhere(small, encoder, tmp_path):
-    """With --model a run is used where its encoder now lies, not where it lay; another encoder there
-    is refused, and so is best.pt of another method or number of layers."""
+    """With --model a run is used where its encoder now lies, not where it lay; another encoder
+    there is refused, and so is best.pt of another method or number of layers."""
     run = tmp_path / "run"
     shutil.copytree(small, run)
     amend(run / "config.json", {"model": str(tmp_path / "first")})
@@ -736,8 +736,8 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
-    left out, and mapped where they are from 1 to 5. ccc.py scores the file. --data with files, and
-    its options without it, are refused."""
+    left out, and mapped where they are from 1 to 5; --skip-bad leaves out rows without usable ones.
+    ccc.py scores the file. --data with files, and its options without it, are refused."""
     expected = score(small, "--data", corpus, "--split", "Development")
     rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")
     rows = [row for row in rows if row["Split_Set"] == "Development"]
@@ -748,8 +748,12 @@ def test_predict_a_split(small, corpus, score, tmp_path, capfd):
         act, val = (1 + (label - 1) * 4 / 6 for label in labels)
         lines.append(f"{row['FileName']},{act:.6f},{val:.6f},1,Test2")
     shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    lines.append("bad.wav,9,9,1,Test2")
     (tmp_path / "Labels/labels_consensus.csv").write_text("\n".join(lines))
     options = ["--data", tmp_path, "--split", "Test2", "--scale", 1, 5]
+    with pytest.raises(ValueError, match="1 unusable: .*bad.wav.* --skip-bad leaves them out"):
+        predict(small, *options)
+    options.append("--skip-bad")
     for row, other in zip(score(small, *options), expected, strict=True):
         assert row.pop("FileName") == other.pop("FileName") and row["Act"] == other["Act"]
         numbers = {key: float(value) for key, value in other.items()}
@@ -757,6 +761,7 @@ def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     capfd.readouterr()
     ccc.main([str(tmp_path / "scores.csv")])
     assert capfd.readouterr().out.startswith("n 8  Act ")
-    for wrong in ([corpus, *options], [], [corpus, *options[2:4]], [corpus, *options[4:]]):
+    alone = options[2:4], options[4:7], options[7:]
+    for wrong in ([corpus, *options], [], *([corpus, *line] for line in alone)):
         with pytest.raises(SystemExit):
             predict(small, *wrong)

@@ -87,8 +87,8 @@ def run_loop(folder, corpus, encoder):
 
 
 def test_loop(corpus, encoder, tmp_path, capsys):
-    """The loop makes 15 rows of as many runs as seeds; run again, it changes nothing; stats.py makes
-    Table I of it."""
+    """The loop makes 15 rows of as many runs as seeds; run again, it changes nothing; stats.py
+    makes Table I of it."""
     import stats
 
     lines = run_loop(tmp_path, corpus, encoder)

@@ -139,6 +139,7 @@ class Hostile:
 
 EVIL = dict.fromkeys(("config", "epoch", "hidden", "settings", "fingerprint"), Hostile())
 CODE = b'"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}'
+OURS, SPLIT = b"FileName,Act,Val,EmoAct,EmoVal\n", "model predict run --model encoder --data corpus"
 TYPE, OPEN = b'"model_type": "wav2vec2"', b"open('executed', 'w')"
 
 BAD = [  # what is spoiled, the command, what the error says
@@ -167,6 +168,10 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --cache cache --layers 3{LATE}", "fill another with --layers 3"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
     (None, f"{TRAIN} --model ./gone", "no folder './gone'"),
+    (None, f"{TRAIN} --out encoder", "'encoder/config.json' is not of a run, and ['config.json']"),
+    (None, f"{FILL} --splits train", "0 usable utterances in split 'train'"),
+    (lambda: write("x.csv", OURS), f"{SPLIT} --split Tset2 --csv x.csv", "in split 'Tset2'"),
+    (None, "cache --out gone --verify", "'gone' holds no cache"),
     (None, f"{TRAIN} --seed 100000000000000000000", "--seed"),
     (None, f"{TRAIN} --workers 0", "--workers"),
     (None, f"{TRAIN} --lr nan", "--lr"),
@@ -231,6 +236,7 @@ def test_out_of_memory(words, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "predict_batch", Mock(side_effect=RuntimeError(words)))
         refused(f"{TRAIN} --chunk 8{LATE}", "--chunk 4 --recompute needs less")
+    assert {path.name for path in Path("late").iterdir()} == {".lock", "config.json", "result.json"}
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is True
     call(f"{TRAIN} --chunk 8 --resume{LATE}")
     assert json.loads(Path("late/result.json").read_text())["out_of_memory"] is False

@@ -178,8 +178,8 @@ LOOPS = {
 @pytest.mark.parametrize("precision", LOOPS)
 def test_two_epochs(precision, corpus, encoder, launch, tmp_path):
     """Two epochs are this loop, to the bit: in train mode a step of AdamW on 1 - CCC for each batch
-    of seeded order, under autocast and with float16's scaler, dropout seeded by seed and epoch; then
-    an evaluation under autocast. The options decide what they say."""
+    of seeded order, under autocast and with float16's scaler, dropout seeded by seed and epoch;
+    then an evaluation under autocast. The options decide what they say."""
     options, row, padding = LOOPS[precision]
     options = [*options, "--precision", precision, "--padding", padding, "--dropout", 0.4]
     options += ["--lr", 3e-3, "--seed", 3, "--epochs", 2, "--eval-batch-size", 3]
@@ -316,7 +316,7 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
 
 @pytest.fixture
 def other_corpus(corpus, tmp_path):
-    """other_corpus(change) -> a copy of the corpus, of whose rows {column: cell} change made others."""
+    """other_corpus(change) -> a copy of the corpus whose rows {column: cell} went through change."""
 
     def make(change):
         root = tmp_path / "other"
@@ -428,10 +428,11 @@ def test_killed_and_resumed(point, whole, launch, tmp_path, monkeypatch):
     check_run(tmp_path, 3)
 
 
-CHANGES = """lr 0.02, dropout 0.1, epochs 2, batch_size 6, eval_batch_size 3, precision bf16, chunk 2,
-    padding exact, recompute, seed 3, attributes valence activation, splits Train Test1 Development,
-    scale 1 7.5, layers 2, freeze_embedding, method lora, cached --cache nowhere, audio --data longer,
-    labels --data other, encoder_sha256 --model encoder, corpus --data fewer"""
+CHANGES = """lr 0.02, dropout 0.1, epochs 2, batch_size 6, eval_batch_size 3, precision bf16,
+    chunk 2, padding exact, recompute, seed 3, attributes valence activation,
+    splits Train Test1 Development, scale 1 7.5, layers 2, freeze_embedding, method lora,
+    cached --cache nowhere, audio --data longer, labels --data other,
+    encoder_sha256 --model encoder, corpus --data fewer"""
 
 
 def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, monkeypatch):
@@ -466,11 +467,19 @@ def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, mon
 def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     """--resume of a finished run, also from another place of its corpus, shows its result and
     touches nothing: no file of it, nor its cache, even where that is gone. A predictions file alone
-    makes no run finished. An unfinished one does not go on from a cache of other states."""
+    makes no run finished, and is not written over; other files do not matter, and stay. An
+    unfinished run does not go on from a cache of other states."""
     run = tmp_path / "run"
     run.mkdir()
+    (run / "notes.tmp").write_text("mine")
     (run / "predictions-Test1.csv").write_text("FileName,Act,Val,EmoAct,EmoVal\n")
+    before = tree(run)
+    with pytest.raises(ValueError, match="'predictions-Test1.csv'. would be lost"):
+        launch(run, "--cache", tmp_path / "cache")
+    assert tree(run) == before
+    (run / "predictions-Test1.csv").unlink()
     launch(run, "--cache", tmp_path / "cache")
+    (run / "notes.tmp").unlink()
     check_run(run)
     (shard,) = (torch.load(path) for path in tmp_path.glob("cache/shard-*"))
     shutil.rmtree(tmp_path / "cache")
