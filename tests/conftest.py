@@ -2,15 +2,18 @@
 
 import csv
 import json
+import multiprocessing
 import re
 import sys
 from pathlib import Path
+from threading import RLock
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import tqdm
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,6 +23,10 @@ import data
 import train
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+# Children are forked from here, so a bar may have no thread of its own, and no lock in common.
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(RLock())
+FORK = multiprocessing.get_context("fork")
 DEPTH, WIDTH = 4, 32  # of the tiny encoder
 
 
@@ -40,6 +47,13 @@ def tiny_encoder(**changes):
         if name.endswith("gru_rel_pos_const"):  # WavLM's gate, ones at first
             torch.nn.init.uniform_(parameter, 0.5, 2)
     return encoder
+
+
+def fork(target, *args):
+    """A child process, a copy of this one, that calls target: it need not import all again."""
+    process = FORK.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def relative(actual, expected):

@@ -1,5 +1,5 @@
-"""One, two and three processes take the very same step. This file is also the script that torchrun
-starts: `work` runs in each process and leaves what it computed in a file."""
+"""One, two and three processes take the very same step: `work` runs in each of them, and leaves
+what it computed in a file. Most are forked from this one, and set up as torchrun does."""
 
 import contextlib
 import copy
@@ -8,16 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_cache, read_csv, relative, state
+from conftest import fork, read_cache, read_csv, relative, state
 
 import model as models
 import train
 
-HERE = Path(__file__).resolve()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COMMON = ["--device", "cpu", "--lr", 0.01, "--workers", 1]
 CASES = {  # batches of 7 and 5 of 12 utterances, and of 3 with up to three processes
@@ -98,8 +96,6 @@ def work(corpus, encoder, cached, out):
     torch.set_num_threads(1)
     found = {}
     fit = train.fit
-    if train.PROCESSES > 1:
-        torch.distributed.init_process_group("gloo")
     for padding in ("paper", "exact"):
         for name, options in CASES.items():
             train.fit = examine(found, f"{name}, {padding}")
@@ -128,12 +124,18 @@ def work(corpus, encoder, cached, out):
             return train_epoch(*args)
 
         train.train_epoch = die
-        go(corpus, encoder, f"{out}/cache", f"{out}/parts", *RUN)
+        with pytest.raises(ConnectionError, match="another process has ended; see its line"):
+            go(corpus, encoder, f"{out}/cache", f"{out}/parts", *RUN)
 
 
-def torchrun(n, *line):
-    line = [*TORCHRUN, n, *line]
-    return subprocess.run(map(str, line), capture_output=True, text=True, check=False)
+def work_as(rank, n, *places):
+    """In a child: `work` as process `rank` of n."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n)}
+    train.RANK = rank
+    train.PROCESSES = n
+    store = f"file://{places[-1]}/store-{n}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=n)
+    work(*places)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +149,12 @@ def out(corpus, encoder, cached, tmp_path_factory):
     labels = out / "corpus-1" / "Labels" / "labels_consensus.csv"
     first = read_csv(labels)[0]["EmoAct"]
     labels.write_text(labels.read_text().replace(first, "4", 1))
-    done = {n: torchrun(n, HERE, *places) for n in (3, 2)}
-    assert done[3].returncode == 0, done[3].stderr
-    assert done[2].returncode != 0 and (out / "parts" / "last.pt").exists(), done[2].stderr
+    for n in (3, 2):
+        processes = [fork(work_as, rank, n, *places) for rank in range(n)]
+        for process in processes:
+            process.join()
+        codes = [0, -signal.SIGKILL] if n == 2 else [0, 0, 0]
+        assert [process.exitcode for process in processes] == codes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", train.fit)
         work(*places)
@@ -208,8 +213,8 @@ def test_killed_and_resumed(out, encoder, cached, launch):
     line += ["--data", out / "corpus", "--resume"]
     with pytest.raises(ValueError, match="is of a run with processes 2, not 1"):
         launch(parts, *line)
-    line += ["--model", encoder, "--out", parts]
-    resumed = torchrun(2, HERE.parent.parent / "train.py", *line)
+    line = [*TORCHRUN, 2, train.__file__, *line, "--model", encoder, "--out", parts]
+    resumed = subprocess.run(map(str, line), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 1/2" not in resumed.stdout and resumed.stdout.count("epoch 2/2") == 1
     assert resumed.stdout.count("Test1 with epoch") == 1 == resumed.stdout.count("steps an epoch")
@@ -222,7 +227,3 @@ def test_demo_of_several_processes_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--demo"])
     assert "--demo runs in one process" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])

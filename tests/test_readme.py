@@ -2,7 +2,9 @@
 the rows of Table I may be run again."""
 
 import inspect
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -10,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import fork
 
 import train
 
 ROOT = Path(train.__file__).parent
+SIX = {"ccc", "model", "cache", "data", "train", "stats"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n((?s:.*?))^```", README, re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -39,24 +43,40 @@ def demo(corpus, encoder, launch, tmp_path_factory):
     return root
 
 
+def run_alone(path):
+    """In a child: run a file as a new process would, with no project file but those beside it."""
+    for name in SIX & sys.modules.keys():
+        del sys.modules[name]
+    sys.path = [str(path.parent), *(folder for folder in sys.path if Path(folder) != ROOT)]
+    os.chdir(path.parent)
+    runpy.run_path(path)
+    found = [Path(sys.modules[name].__file__) for name in SIX & sys.modules.keys()]
+    assert all(module.parent == path.parent for module in found)
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0][2:])
-def test_python(code, demo, tmp_path):
+def test_python(code, demo, tmp_path, monkeypatch):
     """Each snippet runs with copies of only those files that it imports and what they import."""
     for name in re.findall(r"^from (ccc|model|cache|data) import", code, re.MULTILINE):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     for path in demo.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(code)
+    process = fork(run_alone, snippet)
+    process.join()
+    assert process.exitcode == 0
+    monkeypatch.chdir(tmp_path)
     for line in re.findall(r"# then: python (.*)", code):  # a corpus of one's own, to a trained run
         script, *words = shlex.split(line)
         if script == "train.py":
             tiny = f"--model {demo}/demo/corpus/encoder --epochs 1 --batch-size 4 --precision fp32"
             words += tiny.split()
-        subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, check=True)
+        __import__(Path(script).stem).main(words)
         assert script != "train.py" or (tmp_path / "runs/mine/result.json").exists()
 
 
-def test_predict_batch_alone():
+def test_predict_batch_alone(tmp_path):
     """The text of train.predict_batch alone, with any model of a prefix and a suffix."""
     code = "import torch\nfrom torch.utils.checkpoint import checkpoint\n"
     code += inspect.getsource(train.predict_batch)
@@ -69,7 +89,9 @@ chunks = [(torch.randn(4, 9, 16), [9] * 4), (torch.randn(4, 30, 16), [30] * 4)]
 predict_batch(model, chunks, args).var().backward()
 assert model.weight.grad.any()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(code)
+    runpy.run_path(snippet)
 
 
 def run_loop(folder, corpus, encoder):

@@ -2,17 +2,17 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from random import Random
-from threading import RLock
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,8 +20,7 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-import tqdm
-from conftest import read_cache, state
+from conftest import FORK, fork, read_cache, state
 
 import cache
 import ccc
@@ -60,8 +59,6 @@ def original(tmp_path_factory, encoder):
     and two runs: finished/, with seed 1, and run/, which lacks its result.json."""
     root, rng, rows = tmp_path_factory.mktemp("robust"), np.random.default_rng(1), [HEADER]
     shutil.copytree(encoder, root / "encoder")
-    tqdm.tqdm.monitor_interval = 0  # children are forked from here and killed: no other thread,
-    tqdm.tqdm.set_lock(RLock())  # and no lock in common
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "SHARD_BYTES", 4000)  # several shards
         patch.chdir(root)
@@ -301,8 +298,7 @@ def test_killed(line, world, monkeypatch):
     for stop in range(len(done)):
         shutil.rmtree("new")
         done.clear()
-        process = multiprocessing.get_context("fork").Process(target=call, args=[line])
-        process.start()
+        process = fork(call, line)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         stop, was = None, stop
@@ -310,37 +306,33 @@ def test_killed(line, world, monkeypatch):
         assert held() == undisturbed, was
 
 
-WAITS = """
-import signal, sys, time, torch
-import {module}
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-def wait(*_, **__):
-    print("waiting", flush=True)
-    time.sleep(99)
-torch.save = wait
-sys.argv = {argv}
-from ccc import shell
-shell({module}.main)
-"""
+def run_until_saving(line, waiting):
+    """A command that sets `waiting` where it would write its first tensors, and then waits."""
+
+    def wait(*_):
+        waiting.set()
+        time.sleep(99)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A background job may ignore it.
+    torch.save = wait
+    with open("stderr", "w") as sys.stderr:
+        ccc.shell(partial(call, line))
 
 
 def test_interrupted(world):
     """Ctrl-C ends a fill and a run within seconds, with status 130 and a line, no traceback, and
     the lock is free again. Until then a second process in the folder of the run is refused."""
     for line in (f"{FILL} --out x", TRAIN):
-        module, *argv = line.split()
-        code = WAITS.format(module=module, argv=[module, *argv])
-        env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-        process = subprocess.Popen([sys.executable, "-c", code], **pipes)
-        while process.stdout.readline() not in ("waiting\n", ""):
-            pass
-        if module == "train":
+        waiting = FORK.Event()
+        process = fork(run_until_saving, line, waiting)
+        assert waiting.wait(60)
+        if line == TRAIN:
             with pytest.raises(OSError, match="is in use by another process"):
                 call(line)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in err
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        err = Path("stderr").read_text()
+        assert process.exitcode == 130 and "Traceback" not in err
         assert err.splitlines()[-1].startswith("interrupted")
     call(TRAIN)
 
@@ -357,19 +349,18 @@ def test_interrupt_inside_a_handler(capsys):
     assert caught.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
 
 
-def test_bottoms(world):
-    """As a process: bad input is a line on stderr with status 2, a closed pipe too."""
-    folder = Path(train.__file__).parent
-    for line in ("ccc no.csv", "data no", "stats no", "model export no no", FILL + " --data no"):
+def test_bottoms(world, monkeypatch, capsys):
+    """Each file as a script: bad input is a line on stderr, and status 2."""
+    lines = ["ccc no.csv", "data no", "stats no", "model export no no"]
+    for line in (*lines, FILL + " --data no", TRAIN + " --data no"):
         command, *arguments = line.split()
-        done = subprocess.run(
-            [sys.executable, folder / f"{command}.py", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: ") and "no" in done.stderr
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(COMMANDS[command].__file__, run_name="__main__")
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and len(err.splitlines()) == 1, err
+        assert err.startswith("error: ") and "no" in err
 
 
 def test_predict_names(world):
@@ -417,7 +408,6 @@ def mutants(value, rng):
         for key in list(value)[:40]:
             less = {k: v for k, v in value.items() if k != key}
             yield less
-            yield less | {key: rng.choice(ODD)}
             yield less | {key: rng.choice(ODD)}
 
 
