@@ -14,7 +14,7 @@ import csv
 import torch
 
 
-def ccc(pred, target, eps=1e-8):
+def ccc(pred, target):
     """Lin's CCC along dimension 0: 2 covariance / (variances + (difference of the means)²).
 
     pred, target : float tensors (N, ...) of one shape and in the same unit. Returns (...), in
@@ -25,7 +25,7 @@ def ccc(pred, target, eps=1e-8):
 
     Two choices of ours, where the paper is silent. Variances and covariance are means over all n,
     as Lin (1989) defines them. (torch.var divides by n - 1. Mixed with a mean, it would give a
-    ccc(x, x) that is not 1.) And `eps` is added to the denominator, which is 0 if predictions and
+    ccc(x, x) that is not 1.) And 1e-8 is added to the denominator, which is 0 if predictions and
     labels are the same constant: the CCC is then 0 with finite gradients, and not NaN.
     """
     if pred.shape != target.shape:
@@ -38,7 +38,7 @@ def ccc(pred, target, eps=1e-8):
     target = target - target.mean(0)
     covariance = (pred * target).mean(0)
     variances = pred.square().mean(0) + target.square().mean(0)
-    return 2 * covariance / (variances + shift.square() + eps)
+    return 2 * covariance / (variances + shift.square() + 1e-8)
 
 
 def ccc_loss(pred, target):

@@ -118,8 +118,7 @@ def mark_pair(row, other, attribute, tests=1, p_anova=0.0):
 
 def find_runs(top):
     """Folders of runs: `top` itself and up to two folders below. Links are followed."""
-    patterns = ("config.json", "*/config.json", "*/*/config.json")
-    paths = [path for pattern in patterns for path in Path(top).glob(pattern)]
+    paths = [path for depth in ("", "*/", "*/*/") for path in Path(top).glob(f"{depth}config.json")]
     # The folder of an encoder holds a config.json, too, but only that of a run names a seed.
     folders = {path.parent.resolve() for path in paths if b'"seed"' in path.read_bytes()}
     if not folders:
@@ -135,7 +134,7 @@ def read_run(folder):
     try:
         result = json.loads(path.read_bytes())
         result["attributes"] = "+".join(result["attributes"])
-        result["fill_seconds"] = result.get("fill_seconds") or 0
+        result["fill_seconds"] = result["fill_seconds"] or 0
         numbers = NUMBERS
         if not result["out_of_memory"]:
             result |= result["test"]
@@ -145,7 +144,7 @@ def read_run(folder):
             if isinstance(result[key], bool) or not -1 <= result[key] < 2**64:
                 raise ValueError(f"{key} is {result[key]!r:.40}")
         # A list or a dict in place of a setting cannot be hashed, which is a TypeError, too.
-        hash(tuple(result[key] for key in [*ROW, "device"]))
+        set(map(result.get, [*ROW, "device"]))
         keys = [*ROW, *SAME, *numbers, "device", "out_of_memory"]
         return {key: result[key] for key in keys} | {"folder": str(folder)}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -273,8 +272,8 @@ def plot(rows, attributes, path):
     """CCC against training hours, a panel an attribute. Bars are one sd over seeds."""
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install matplotlib") from error
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install matplotlib") from None
 
     figure = Figure(figsize=(9, 2 + 4 * len(attributes)), layout="constrained")
     handles = {}
@@ -287,17 +286,16 @@ def plot(rows, attributes, path):
                 # Of "partial3 fp16 cached", 3 is the marker, and what follows has a colour. "full"
                 # and "lora" have no number, and F and L for markers.
                 method, kind = row["name"].split(" ", 1)
-                number = method[len("partial") :]
+                layers = method[len("partial") :]
                 colors.setdefault(kind, COLORS[len(colors) % len(COLORS)])
                 handles[row["name"]] = panel.errorbar(
                     row["train_seconds"].mean() / 3600,
                     row[attribute].mean(),
                     row[attribute].std(ddof=1),
-                    marker=f"${number or method[0].upper()}$",
+                    marker=f"${layers or method[0].upper()}$",
                     markersize=10,
                     color=colors[kind],
                     ls="",
-                    elinewidth=1,
                 )
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
     figure.savefig(path)
@@ -309,8 +307,8 @@ def plot(rows, attributes, path):
 def show(table, form):
     """Print a table, {column: text} a line. Where a line lacks a column or its text, a dash."""
     columns = list(dict.fromkeys(column for line in table for column in line))
-    lines = [[line.get(column, "").strip() or "-" for column in columns] for line in table]
-    lines = [columns, *lines]
+    cells = [[line.get(column, "").strip() or "-" for column in columns] for line in table]
+    lines = [columns] + cells
     if form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:
@@ -321,10 +319,9 @@ def show(table, form):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description="Tables I and II, from run folders.")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUNS", help="folders searched for runs, two folders deep")
+    add("runs", nargs="+", help="folders searched for runs, two folders deep")
     add("--format", choices=("text", "csv"), default="text", help="how tables print (text)")
     add("--plot", metavar="FILE.png", help="also plot CCC against training time (matplotlib)")
     add("--memory", nargs="+", type=float, metavar="GB", help="Table II for these cards (V-E)")
