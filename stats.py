@@ -296,6 +296,7 @@ def plot(rows, attributes, path):
                     markersize=10,
                     color=colors[kind],
                     ls="",
+                    elinewidth=1,
                 )
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
     figure.savefig(path)
@@ -312,7 +313,7 @@ def show(table, form):
     if form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
         for line in lines:
             print("  ".join(map(str.ljust, line, widths)).rstrip())
     print()
