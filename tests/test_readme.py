@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 from conftest import fork
 
 import train
@@ -35,10 +36,11 @@ def demo(corpus, encoder, launch, tmp_path_factory):
     shutil.copytree(corpus, root / "demo/corpus")
     shutil.copytree(encoder, root / "demo/corpus/encoder")
     launch(root / "demo/run", "--padding", "exact")
-    shutil.copytree(f"{corpus}/Audios", root / "recordings")
-    rows = ["file,arousal,pleasure,speaker,split"]
-    for i, path in enumerate(sorted((root / "recordings").iterdir())):
-        rows.append(f"{path.name},{1 + i % 5},{5 - i % 4},s{i},{('train', 'dev', 'test')[i % 3]}")
+    (root / "recordings").mkdir()
+    rows = ["file,arousal,pleasure,speaker"]
+    for i, path in enumerate(sorted(Path(corpus, "Audios").iterdir())):
+        soundfile.write(root / f"recordings/{path.stem}.flac", *soundfile.read(path))
+        rows.append(f"{path.stem}.flac,{1 + i % 5},{5 - i % 4},s{i % 10}")
     (root / "ratings.csv").write_text("\n".join(rows))
     return root
 
@@ -97,7 +99,7 @@ assert model.weight.grad.any()
 def run_loop(folder, corpus, encoder):
     """The shell's expansion of README's loop at tiny size, each line run in this process."""
     loop = LOOP.replace("0 1 2 3 4", "0 1").replace("MSP-Podcast", corpus)
-    loop = loop.replace("runs/", f"{folder}/runs/").replace("cache/", f"{folder}/cache/")
+    loop = loop.replace("table1/", f"{folder}/table1/").replace("cache/", f"{folder}/cache/")
     shell = "python() { printf '%s\\n' \"$*\"; }\n" + loop
     lines = subprocess.check_output(["bash", "-c", shell], text=True).splitlines()
     for line in lines:
@@ -119,7 +121,7 @@ def test_loop(corpus, encoder, tmp_path, capsys):
     assert run_loop(tmp_path, corpus, encoder) == lines and len(lines) == 30
     assert capsys.readouterr().out.count("is finished") == 30
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    stats.main([f"{tmp_path}/runs", "--format", "csv"])
+    stats.main([f"{tmp_path}/table1", "--format", "csv"])
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
     assert len(rows) == 15
 
