@@ -44,6 +44,9 @@ import data
 import model as models
 import train
 
+# Each row has a process of its own, forked from one that has imported all and computed nothing.
+FRESH = torch.multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["train"])
 BATCH, RATE = 32, 16000
 # what differs from transformers' defaults in wav2vec2-base's own config.json, as far as known
 BASE = {"activation_dropout": 0.0, "feat_proj_dropout": 0.1}
@@ -179,7 +182,7 @@ def measure_rows(rows, n, caps):
     """Rows, each in a process of its own, so that the peak of memory is its own, too."""
     for row, cap in itertools.product(rows, caps):
         try:
-            with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, FRESH) as pool:
                 line = pool.submit(run_row, row, n, cap).result()
         except (RuntimeError, MemoryError) as error:  # out of memory, or ended by the system
             line = {"row": row, "failed": str(error)}
@@ -299,7 +302,7 @@ def measure_scale(folder, n):
     """Steps with a corpus of n utterances, each in a process of its own."""
     prepare_scale(folder, n)
     for step in ("check", "fill", "entries", "start", "epoch"):
-        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, FRESH) as pool:
             yield {"utterances": n} | pool.submit(run_step, step, folder).result()
 
 

@@ -3,8 +3,10 @@
 import csv
 import json
 import multiprocessing
+import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from threading import RLock
 from types import SimpleNamespace
@@ -27,6 +29,11 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it bri
 tqdm.tqdm.monitor_interval = 0
 tqdm.tqdm.set_lock(RLock())
 FORK = multiprocessing.get_context("fork")
+# Nor can they have a GPU in common, and a GPU rounds otherwise. So tests see none, but for those
+# with the fixture `gpu`. To count GPUs starts none.
+NEEDS_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs an NVIDIA GPU")
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 DEPTH, WIDTH = 4, 32  # of the tiny encoder
 
 
@@ -138,13 +145,11 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fill(corpus, encoder):
-    """fill(folder, *options): cache.py on the tiny corpus, on the CPU."""
+    """fill(folder, *options): cache.py on the tiny corpus."""
 
     def run(folder, *options):
         arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 1]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: False)  # A GPU rounds otherwise.
-            cache.main([str(argument) for argument in [*arguments, *options]])
+        cache.main([str(argument) for argument in [*arguments, *options]])
 
     return run
 
@@ -161,6 +166,16 @@ def cached(fill, tmp_path_factory):
         return folders[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """gpu(main, options): a script's main in a process of its own, which sees the GPU."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        1, context, os.environ.update, [{"CUDA_VISIBLE_DEVICES": GPUS}]
+    ) as pool:
+        yield lambda main, options: pool.submit(main, [str(option) for option in options]).result()
 
 
 @pytest.fixture(scope="session")

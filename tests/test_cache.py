@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 import torch
-from conftest import DEPTH, WIDTH, read_cache, relative, step, tree
+from conftest import DEPTH, NEEDS_GPU, WIDTH, read_cache, relative, step, tree
 
 import cache
 import data
@@ -80,11 +80,10 @@ def test_what_is_stored(dtype, bytes_a_value, corpus, encoder, cached):
     assert len(stored) == 28 and seconds > 0 and total <= path.stat().st_size < total + 8192
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_gpu_fills_the_same(cached, corpus, encoder, tmp_path):
+@NEEDS_GPU
+def test_a_gpu_fills_the_same(cached, corpus, encoder, tmp_path, gpu):
     """A GPU, where PyTorch runs convolutions in TF32, stores what the CPU does to 1e-2."""
-    line = ["--data", corpus, "--model", encoder, "--out", tmp_path, *FLOAT32]
-    cache.main([str(option) for option in line])
+    gpu(cache.main, ["--data", corpus, "--model", encoder, "--out", tmp_path, *FLOAT32])
     assert relative(read_cache(tmp_path), read_cache(cached(3))) < 1e-2
 
 

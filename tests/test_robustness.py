@@ -78,7 +78,6 @@ def original(tmp_path_factory, encoder):
 @pytest.fixture
 def world(original, tmp_path, monkeypatch):
     """A copy of `original` to spoil, and to work in."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shutil.copytree(original, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
 
