@@ -1,5 +1,6 @@
 """A disk cache of what the frozen stages compute (section IV-C). Filled for the last 3 layers, it
-serves runs of the last 3, 2 and 1: their frozen layers behind the cut are computed at each step.
+serves runs of the last 3, 2 and 1. For the last 1, the two frozen layers between what is stored and
+what is trained are computed at each step.
 
 IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
 CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
@@ -48,8 +49,8 @@ class Entry(NamedTuple):
 def encode(model, recordings, device):
     """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
 
-    Each utterance is alone and unpadded, in float32. So one cache serves runs of any precision and
-    padding.
+    Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one cache
+    serves runs of any precision and padding.
     """
     model.eval().to(device)
     for name, wave, audio_crc in recordings:
@@ -61,8 +62,8 @@ def fill(folder, fingerprint, items, process=0):
     """Step 2: write hidden states into shards of a folder.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
-    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). A shard's
-        `seconds` include what a generator takes to compute its items
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). The seconds
+        that a shard records include what a generator takes to compute its items
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
@@ -91,7 +92,7 @@ def fill(folder, fingerprint, items, process=0):
 
 def write_shard(folder, fingerprint, items, process, began):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `began` is when the making of the first of them did."""
+    known about them. `began` is the time at which work on the first of them began."""
     names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
@@ -238,7 +239,7 @@ def complete(folder, model, utterances, args, dtype=None):
     dtype : of a new cache, a key of DTYPES (None: float16)
 
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
-    cache may be read-only. Then behind the lock, as another run may have filled it meanwhile.
+    cache may be read-only. Then with the lock, as another run may have filled it meanwhile.
     """
     import data  # Only commands need it, and no part of what is copied.
 
@@ -266,8 +267,8 @@ def complete(folder, model, utterances, args, dtype=None):
 
 
 def look(folder, model, utterances, dtype):
-    """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
-    which of some utterances it lacks. The model's cut becomes the folder's.
+    """Compare a folder with a model, and set the model's cut to the folder's -> the fingerprint of
+    what would be filled into it now, and which of some utterances it lacks.
 
     A folder with shards keeps its own cut and dtype. A new one gets the model's cut and float16.
     """
@@ -277,7 +278,8 @@ def look(folder, model, utterances, dtype):
     if foreign and not found:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
     kept = found or {"cut": model.cut, "dtype": "float16"}
-    # The folder's cut may lie before the model's, as the stages between run frozen, but not behind.
+    # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
+    # after it: stages that are to be trained would be in the cache.
     cut = kept.get("cut")
     if cut not in range(1, model.cut + 1):
         layers = len(model.encoder.encoder.layers) + 1 - model.cut

@@ -60,7 +60,8 @@ def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     table = {row.get("FileName"): row for row in rows}
-    # A name in two rows makes the table shorter than the rows. None is in it without that column.
+    # A name in two rows makes the table shorter than the rows. Without that column, every name is
+    # Python's None.
     if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     return table
@@ -106,7 +107,7 @@ def shell(main):
     Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file
     imports none of the others.
 
-    An interrupt may strike while another error becomes its line, so its try is the outermost. For
+    Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
     leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.

@@ -403,7 +403,7 @@ def read_blocks(sound, file, start=0.0, stop=None):
     if sound.frames - samples > tolerance:
         raise ValueError(TRUNCATED)
     # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate:
-    # sound is left behind the end. A tag, of title and artist, is no sound.
+    # sound is left after the end. A tag, of title and artist, is no sound.
     decoded = file.tell()  # bytes
     rest = file.read()
     tagged = rest.startswith((b"TAG", b"APETAGEX"))

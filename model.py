@@ -12,8 +12,8 @@ without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
 All above the line `# ---- command line ----` needs no other file of this project: copy it.
 
-    python model.py predict RUN clip.wav folder/ --csv predictions.csv    # score files
-    python model.py predict RUN interview.wav --window 10 --hop 5         # and long ones, in pieces
+    python model.py predict RUN clip.wav folder/ --csv predictions.csv    # for files
+    python model.py predict RUN interview.wav --window 10 --hop 5         # for long ones, in pieces
     python model.py export RUN OUT    # a folder that Hugging Face loads
     python model.py params            # trainable parameters of every row of Table I
 
@@ -45,16 +45,16 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 
 
 class EmotionModel(nn.Module):
-    """An encoder of transformers (one of FAMILIES), mean pooling, dropout, and one linear layer,
+    """An encoder of Hugging Face's (one of FAMILIES), mean pooling, dropout, and one linear layer,
     whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the
     encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut
-    needs no gradient. Frozen stages may lie behind it, too: in partial finetuning as in the paper,
+    needs no gradient. Frozen stages may come after it, too: in partial finetuning as in the paper,
     the embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
-    "paper" padding: a batch is zero-padded to its longest. Without a cache that is done to the
-        waveforms (IV-B), with one to the hidden states at the cut (IV-C), which gives other
+    "paper" padding: a batch is zero-padded to its longest. Without a cache, the waveforms are
+        padded (IV-B). With a cache, the hidden states at the cut are (IV-C), which gives other
         predictions. Nothing is masked, and the mean is over padded frames, too. So a prediction
         depends on its batch.
     "exact" padding: the CNN sees each waveform alone where it normalises over time, and padded
@@ -65,9 +65,10 @@ class EmotionModel(nn.Module):
     load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`.
     The model normalises waveforms itself, in `prefix`.
 
-    SpecAugment and layer drop never run, whatever config.json says, because a cache could not have
-    them: `run_stages` calls the layers itself, and the forward of Hugging Face that has both is not
-    called. Its checkpointing is switched off, too, as train.py has its own.
+    SpecAugment and layer drop never run, whatever config.json says. That is our choice: no cache
+    could have them, and rows are to differ only in what they train. `run_stages` calls the layers
+    itself, and the forward of Hugging Face that has both is not called. Its checkpointing is
+    switched off, too, as train.py has its own.
     """
 
     # Raise it whenever what `prefix` computes changes: older caches are then refused.
@@ -119,8 +120,8 @@ class EmotionModel(nn.Module):
 
         Takes wave (B, S) float, and the true length of each row, B ints of samples.
         Returns hidden, what stage `cut` takes: (B, T, D), or at cut 0 the CNN's features (B, T, C);
-        and frames, their true lengths, B ints. Lengths are plain ints, because a GPU would have to
-        be waited for. TypeError or ValueError for other shapes.
+        and frames, their true lengths, B ints. Lengths are plain ints: to read them from a tensor
+        on a GPU, one would have to wait for it. TypeError or ValueError for other shapes.
         """
         check_batch(wave, samples)
         frames = [self.frames(n) for n in samples]
@@ -209,9 +210,10 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Both of its LayerNorms take float32, also under autocast: the .float() in run_stages is for
-        that of the projection, and the one here for the other. On a CPU, a LayerNorm over bfloat16
-        adds up its weight's gradient over all frames in bfloat16, which is up to 46 % off.
+        Both of its LayerNorms take float32, also under autocast: run_stages casts the input of the
+        first, which is in the projection, and .float() here that of the second. On a CPU, a
+        LayerNorm over bfloat16 adds up its weight's gradient over all frames in bfloat16, which is
+        up to 46 % off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -226,7 +228,7 @@ class EmotionModel(nn.Module):
 
     def run_stages(self, hidden, mask, stages):
         """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
-        hidden = hidden.float()  # see embed
+        hidden = hidden.float()  # A cache may be in float16. For stage 0, see embed.
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.
         if mask is not None:
@@ -260,8 +262,8 @@ def first_of(output):
 
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D), in place of its method of this name -> (B, T, D), and
-    None for the attention's weights. `position_bias` (B * heads, T, T) is gated already. What else
+    """WavLM's attention of hidden (B, T, D), in place of its method torch_multi_head_self_attention
+    -> (B, T, D), and None for the attention's weights. `position_bias` (B * heads, T, T) is gated already. What else
     the method is given depends on the version of transformers, and is of no use here."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -454,8 +456,8 @@ def load_trained(model, weights):
 
 
 def build(encoder, audio, settings):
-    """An EmotionModel, built and frozen as {name: value} of a run's arguments say. `encoder, audio`
-    are what load_encoder returns."""
+    """An EmotionModel, built and frozen as `settings`, the arguments of a run as {name: value}, say.
+    `encoder, audio` are what load_encoder returns."""
     model = EmotionModel(
         encoder,
         settings["attributes"],
@@ -560,8 +562,8 @@ def predict(args):
         # With rows on the terminal there is no bar. None: only where stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
-                for bounds, scores in score_file(model, u.path, args.window, args.hop):
-                    units = [*scores, *u.labels]  # Both are on 0 to 1; only a corpus has labels.
+                for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
+                    units = [*predictions, *u.labels]  # on 0 to 1; only a corpus has labels
                     values = [*bounds, *(low + (high - low) * unit for unit in units)]
                     writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
             except ValueError as error:
@@ -572,9 +574,10 @@ def predict(args):
 
 
 @torch.no_grad()
-def score_file(model, path, window=None, hop=None):
-    """Yield (bounds, scores) of a file, or of each of its windows. Bounds are () or (start, stop)
-    in seconds, and scores floats, one an attribute, on 0 to 1. ValueError for unusable sound."""
+def predict_file(model, path, window=None, hop=None):
+    """Yield (bounds, predictions) of a file, or of each of its windows. Bounds are () or (start,
+    stop) in seconds, and predictions floats, one an attribute, on 0 to 1. ValueError for unusable
+    sound."""
     import data
 
     pieces = [()]  # the whole
@@ -589,7 +592,7 @@ def score_file(model, path, window=None, hop=None):
 
 
 def windows(seconds, length, hop):
-    """[(start, stop)] in seconds. The last may be shorter; a rest under .1 s is none of its own."""
+    """[(start, stop)] in seconds. The last may be shorter; a rest under .1 s is left out."""
     count = 1 + max(0, math.ceil((seconds - length - 0.1) / hop))
     return [(k * hop, min(k * hop + length, seconds)) for k in range(count)]
 
@@ -604,7 +607,7 @@ def open_csv(path, header):
         if not old.startswith(start):
             raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
     # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
-    # once, so that one sees it before the next file is scored.
+    # once, so that one sees it before the next file's is computed.
     options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
     try:
         with open(path or 1, "w", closefd=bool(path), **options) as file:  # 1: standard output
@@ -640,7 +643,7 @@ def export(args):
     # Hugging Face has a linear layer before the mean, and we have none: ours is the identity.
     nn.init.eye_(exported.projector.weight)
     nn.init.zeros_(exported.projector.bias)
-    # With a mask, a batch of files is scored as each alone, unless the CNN normalises over time.
+    # With a mask, a batch of files gives what each gives alone, unless the CNN normalises over time.
     masked = model.padding == "exact" and config.feat_extract_norm == "layer"
     extractor = transformers.Wav2Vec2FeatureExtractor(
         sampling_rate=model.sample_rate,
@@ -708,16 +711,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     where = "the run's encoder, if no longer where it was"
-    text = "score files, each alone, on the run's scale"
+    text = "for files, each alone, on the run's scale"
     add = commands.add_parser("predict", help=text).add_argument
     add("run", help="a run folder of train.py")
     # With nargs "*", argparse would take no file at all where an option stands before the files.
     files = add("audio", nargs="+", help="audio files, and folders of them")
     files.required = False
     add("--csv", help="write here instead of the terminal")
-    add("--window", type=float, metavar="S", help="score pieces of so many seconds")
+    add("--window", type=float, metavar="S", help="predict for pieces of so many seconds")
     add("--hop", type=float, metavar="S", help="from one piece's start to the next's (--window)")
-    add("--data", help="score a split of this corpus, and write its labels beside")
+    add("--data", help="predict for a split of this corpus, and write its labels beside")
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
     add("--skip-bad", action="store_true", help="leave out what of --data has no usable labels")

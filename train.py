@@ -136,9 +136,10 @@ def predict_batch(model, chunks, args):
     cache, hidden states (c, T, D), lengths their frames.
 
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
-    the loss. Only the model runs chunk by chunk, and the predictions come back together.
-    `args.recompute` drops what `suffix` has computed and does it again, dropout alike, in the
-    backward pass: peak memory is one chunk's (section II-D).
+    the loss. Only the model runs chunk by chunk, and the predictions come back together. The
+    activations of all chunks are kept for the one backward pass, unless `args.recompute` drops what
+    `suffix` has computed, and does it again, dropout alike, in the backward pass: then peak memory
+    is one chunk's (section II-D).
     """
     predictions = []
     for inputs, lengths in chunks:
@@ -180,12 +181,12 @@ def batches(dataset, args, epoch=None):
     of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
     Inside a batch, the shortest comes first.
 
-    Lengths are compared in frames, then by index. A cached run knows no samples: thus it sorts as
-    an uncached one, and an utterance gets the same dropout in both.
+    Lengths are compared in frames, as a cached run knows no samples, then by index. Thus it sorts
+    as an uncached one, and an utterance gets the same dropout in both.
     """
 
     def length(i):
-        return dataset.frames[i], i  # `frames` is what make_datasets has added to a dataset.
+        return dataset.frames[i], i  # make_datasets has added it; `lengths` may be in samples.
 
     if epoch is None:
         indices = list(range(len(dataset)))
@@ -433,14 +434,15 @@ def check_place(args):
 
 
 def holds_epochs(args):
-    """Whether a run in --out has saved an epoch. If only one of both files is left, it has, too,
-    and what lacks is an error then."""
+    """Whether a run in --out has saved an epoch. One of the two files is enough: that the other is
+    missing is an error where it is read."""
     return any(Path(args.out, name).exists() for name in ("last.pt", "best.pt"))
 
 
 def check_resumable(args, config, ignored):
-    """ValueError if --out holds epochs that may not be continued: without --resume any, and with it
-    those of a longer run, or of one whose config.json differs in more than the ignored keys."""
+    """ValueError if --out holds epochs that may not be continued. Without --resume, none may. With
+    it, not those of a longer run, nor of one whose config.json differs in more than the ignored
+    keys."""
     if not holds_epochs(args):
         return
     if not args.resume:
@@ -620,7 +622,8 @@ def parse_args(argv):
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
     add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
-    add("--chunk", type=int, help="utterances a pass, for less memory; one loss over all")
+    text = "utterances a pass, one loss over all; exact: less padding; --recompute: less memory"
+    add("--chunk", type=int, help=text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D) and machine").add_argument
     add("--epochs", type=int, default=5, help="passes over the training split (5)")
