@@ -25,6 +25,7 @@ import shutil
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def write_shard(folder, fingerprint, items, process, began):
         "seconds": time.perf_counter() - began,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
-    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
+    paths = (Path(f"{folder}/shard-{process}-{number:05}.pt") for number in itertools.count())
     path = next(path for path in paths if not path.exists())  # Nothing is written over.
     with atomic(path) as file:
         torch.save(content, file)
@@ -215,7 +216,7 @@ def lock(folder, name=".lock", wait=False):
     """Make a folder, and hold a lock of it. Where another process holds that, raise OSError or,
     with `wait`, say so and wait."""
     os.makedirs(folder, exist_ok=True)
-    with open(Path(folder, name), "a") as file:
+    with open(f"{folder}/{name}", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -248,7 +249,7 @@ def complete(folder, model, utterances, args, dtype=None):
     # at different moments leave no gap between them.
     _, missing = look(folder, model, utterances[process::processes], dtype)
     rate = model.sample_rate
-    missing = missing and data.usable(missing, rate, args.skip_bad)
+    missing = data.usable(missing, rate, args.skip_bad)
     if not missing:
         return
     with lock(folder, f".lock-{process}", wait=True):
@@ -261,9 +262,9 @@ def complete(folder, model, utterances, args, dtype=None):
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > free:
             raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        loaded = data.read_ahead(lambda u: read_recording(u, rate), missing, args.workers)
-        bar = tqdm(loaded, "fill", len(missing), leave=False, disable=None)
-        fill(folder, fingerprint, encode(model, bar, args.device), process)
+        read = partial(read_recording, sample_rate=rate)
+        recordings = data.read_ahead(read, missing, args.workers, "fill")
+        fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
 
 def look(folder, model, utterances, dtype):
@@ -335,7 +336,7 @@ def verify(folder, root):
     utterances = [data.Utterance(name, paths.get(name)) for name in entries]
     dataset = CachedDataset(entries, utterances)
     defects = 0
-    for i, u in enumerate(tqdm(utterances, "verify", leave=False, disable=None)):
+    for i, u in enumerate(data.progress(utterances, "verify")):
         try:
             dataset[i]  # raises an error if it is damaged
             entry = entries[u.name]

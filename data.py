@@ -91,14 +91,21 @@ def collate(items):
     return pad_sequence(inputs, batch_first=True), [len(x) for x in inputs], torch.stack(targets)
 
 
-def read_ahead(load, items, workers):
+def progress(items, name):
+    """The items, with a bar on the terminal, of which one is enough for all of torchrun's
+    processes."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return tqdm(items, name, leave=False, disable=quiet or None)
+
+
+def read_ahead(load, items, workers, name="load"):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
-    items ahead. Our choice is threads, and not a DataLoader's processes: nothing is pickled, no
-    shared memory fills up, and an error arrives as it is. Decoding, checksums and NumPy release the
-    GIL, so that threads do work side by side."""
+    items ahead, with a bar of that name. Our choice is threads, and not a DataLoader's processes:
+    nothing is pickled, no shared memory fills up, and an error arrives as it is. Decoding, checksums
+    and NumPy release the GIL, so that threads do work side by side."""
     futures = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for item in items:
+        for item in progress(items, name):
             futures.append(pool.submit(load, item))
             if len(futures) > 2 * workers:
                 yield futures.popleft().result()
@@ -109,10 +116,11 @@ def read_ahead(load, items, workers):
 # ---- a corpus: labels, then which of its utterances can be used ----
 
 # The newest release's names stand first; releases 1.6 to 1.9 have the others.
-LABEL_FOLDERS = ["Labels", "labels", "Label", "label"]
-LABEL_NAMES = ["labels_consensus.csv", "labels_concensus.csv"]
-LABEL_FILES = [f"{folder}/{name}" for name in LABEL_NAMES for folder in LABEL_FOLDERS]
-AUDIO_FOLDERS = ["Audios", "Audio", "audios", "audio"]
+LABEL_FILES = str.split("""Labels/labels_consensus.csv labels/labels_consensus.csv
+    Label/labels_consensus.csv label/labels_consensus.csv
+    Labels/labels_concensus.csv labels/labels_concensus.csv
+    Label/labels_concensus.csv label/labels_concensus.csv""")
+AUDIO_FOLDERS = str.split("Audios Audio audios audio")
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
 NUMBER = re.compile(r"-?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE]-[0-9]+)?")
@@ -120,9 +128,8 @@ NUMBER = re.compile(r"-?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE]-[0-9]+)?")
 
 def find(root, names):
     """Path of the first of some names that is under `root`, or else of the first name."""
-    paths = [os.path.join(root, name) for name in names]
-    present = [path for path in paths if os.path.exists(path)]
-    return (present or paths)[0]
+    paths = [f"{root}/{name}" for name in names]
+    return next(filter(os.path.exists, paths), paths[0])
 
 
 def to_unit(cell, low, high):
@@ -174,7 +181,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
             kind = "unknown split"
         elif name in names:
             kind = "repeated name"
-        elif name != os.path.basename(name):  # ../other.wav
+        elif "/" in name:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
@@ -183,8 +190,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
             where = f"line {line}: {name!r} {split!r} {cells}"  # quoted: a cell may hold anything
             problems.append(Problem(kind, where, split if split in SPLITS else ""))
         else:
-            path = os.path.join(folder, name)
-            utterances.append(Utterance(name, path, split, speaker, labels))
+            utterances.append(Utterance(name, f"{folder}/{name}", split, speaker, labels))
     return utterances, problems
 
 
@@ -194,8 +200,7 @@ def check_audio(utterances, sample_rate=16000):
     good = []
     problems = []
     files = {}
-    quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough for all of torchrun's processes
-    for u in tqdm(utterances, "checking audio", leave=False, disable=quiet or None):
+    for u in progress(utterances, "checking audio"):
         try:
             good.append(u._replace(samples=measure(u.path, sample_rate)))
         except ValueError as error:
@@ -286,7 +291,7 @@ def walk(top):
         place = os.path.realpath(folder)
         if place in seen:
             folders.clear()  # os.walk then goes no deeper here
-            names.clear()
+            continue
         seen.add(place)
         folders.sort()
         for name in sorted(names):
@@ -305,7 +310,7 @@ def find_audio(paths):
             continue
         for path in walk(top):
             name = os.path.relpath(path, top)
-            suffix = os.path.splitext(name)[1]
+            suffix = Path(name).suffix
             hidden = "/." in f"/{name}"
             if hidden or suffix.lower() not in SUFFIXES.split():
                 others.append(suffix or "without suffix")
@@ -421,11 +426,6 @@ def measure(path, sample_rate=16000, limited=True):
         return math.ceil(samples * sample_rate / sound.samplerate)
 
 
-def duration(path):
-    """Seconds of a recording of any length."""
-    return measure(path, limited=False) / 16000
-
-
 def is_constant(wave):
     """Whether a sound says nothing: digital silence, or two channels that cancel each other."""
     return np.ptp(wave) < 1e-4  # three steps of 16 bits
@@ -466,9 +466,8 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
     """A corpus in the MSP-Podcast layout, labelled with what its sound was made from, plus noise
     (dominance: a mixture of both). No speaker is in two splits."""
     rng = np.random.default_rng(seed)
-    dominance_rng = np.random.default_rng((seed, 1))  # of its own, so that it changes no sound
-    Path(root, "Audios").mkdir(parents=True, exist_ok=True)
-    Path(root, "Labels").mkdir(exist_ok=True)
+    os.makedirs(f"{root}/Audios", exist_ok=True)
+    os.makedirs(f"{root}/Labels", exist_ok=True)
     rows = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
     speaker = 0
     for split, n_speakers, n in speakers:
@@ -479,32 +478,30 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
             for i in range(n):
                 a, v = rng.uniform(0, 1, 2)
                 name = f"DEMO_{speaker:04}_{i:04}.wav"
-                soundfile.write(Path(root, "Audios", name), synthesize(a, v, voice, rng), 16000)
-                noise = np.append(rng.normal(size=2), dominance_rng.normal())
-                labels = 1 + 6 * np.array([a, v, 0.7 * a + 0.3 * v]) + 0.3 * noise
-                act, val, dom = np.clip(labels, 1, 7)
+                soundfile.write(f"{root}/Audios/{name}", synthesize(a, v, voice, rng), 16000)
+                act, val = np.clip(1 + 6 * np.array([a, v]) + 0.3 * rng.normal(size=2), 1, 7)
+                dom = 0.7 * act + 0.3 * val
                 rows.append(f"{name},X,{act:.3f},{val:.3f},{dom:.3f},{speaker},{gender},{split}")
-    Path(root, "Labels", "labels_consensus.csv").write_text("\n".join(rows) + "\n")
+    Path(f"{root}/Labels/labels_consensus.csv").write_text("\n".join(rows) + "\n")
 
 
-def write_encoder(folder, seed=0, layers=4, width=64, channels=32):
+def write_encoder(folder, width=64, channels=32):
     """A tiny random wav2vec 2.0 in the Hugging Face layout, with the base's preprocessor config."""
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    config = Wav2Vec2Config(
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
         hidden_size=width,
         intermediate_size=2 * width,
         conv_dim=(channels,) * 7,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
-        num_hidden_layers=layers,
+        num_hidden_layers=4,
         num_attention_heads=1,  # as wide as the base's: 64
     )
-    Wav2Vec2Model(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True, sampling_rate=16000).save_pretrained(folder)
+    transformers.Wav2Vec2Model(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)  # 16 kHz, normalised
 
 
 @contextmanager
@@ -567,8 +564,8 @@ def main(argv=None):
     good, bad_files = check_audio(utterances)
     problems = bad_rows + bad_files
     print_splits(good, *args.scale)
-    bar = tqdm(good, "listening", leave=False, disable=None)
-    constant = [repr(u.name) for u in bar if is_constant(load_audio(u.path))]
+    listened = progress(good, "listening")
+    constant = [repr(u.name) for u in listened if is_constant(load_audio(u.path))]
     if constant:
         print(f"note: silence, or channels that cancel each other: {some(constant)}")
     for kind in sorted({problem.kind for problem in problems}):

@@ -28,6 +28,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from types import MethodType
@@ -355,6 +356,10 @@ def check_freeze(model, method, layers, depth, freeze_embedding):
         raise ValueError("the model has adapters already: freeze a new one")
 
 
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
 def trainable(model):
     """{name: parameter} of all that is trained, the head included."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -507,6 +512,10 @@ def blame(path):
         ) from error
 
 
+# The words of Python, of PyTorch on a GPU and on a CPU, of cuBLAS and of cuDNN.
+MEMORY_IS_FULL = "MemoryError|out of memory|allocate memory|ALLOC_FAILED|unable to find an engine"
+
+
 @contextlib.contextmanager
 def explain_memory(advice):
     """Where memory is full, in whichever words a library says that: MemoryError of one line, with
@@ -514,14 +523,7 @@ def explain_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = [
-            "MemoryError",
-            "out of memory",
-            "allocate memory",
-            "ALLOC_FAILED",
-            "unable to find an engine",  # cuDNN's
-        ]
-        if not any(word in repr(error) for word in words):
+        if not re.search(MEMORY_IS_FULL, repr(error)):
             raise
         raise MemoryError(f"out of memory: {advice}") from error
 
@@ -558,7 +560,10 @@ def predict(args):
     else:
         utterances = data.find_audio(args.audio)
     failed = False
-    with open_csv(args.csv, header) as writer:
+    with (
+        open_csv(args.csv, header) as writer,
+        explain_memory("give --window, to predict in pieces"),
+    ):
         # With rows on the terminal there is no bar. None: only where stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
@@ -582,7 +587,7 @@ def predict_file(model, path, window=None, hop=None):
 
     pieces = [()]  # the whole
     if window:
-        pieces = windows(data.duration(path), window, hop)
+        pieces = windows(data.measure(path, limited=False) / 16000, window, hop)
     for bounds in pieces:
         wave = data.load_audio(path, model.sample_rate, *bounds)
         if data.is_constant(wave):
@@ -681,17 +686,17 @@ def params(args):
     name = args.model or "wav2vec2-base"
     with blame(name), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
-    total = sum(p.numel() for p in model.encoder.parameters())
+    total = count(model.encoder.parameters())
     counts = range(min(3, len(model.encoder.encoder.layers)), 0, -1)
     partial = [("partial", n, frozen) for frozen in (False, True) for n in counts]
     # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
     for method, layers, frozen in [("full", None, False), *partial, ("lora", None, False)]:
         freeze(model, method, layers, frozen)
-        count = sum(p.numel() for p in trainable(model).values())
+        trained = count(trainable(model).values())
         name = f"{method} {layers or 'all'}"
         if frozen:
             name += ", embedding frozen"
-        print(f"{count:12,}  {count / total:6.1%} of the encoder  {name}")
+        print(f"{trained:12,}  {trained / total:6.1%} of the encoder  {name}")
 
 
 def choose_device(name):

@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import cache
 import data
@@ -51,7 +50,7 @@ def fit(args, model, datasets, config):
     datasets : {split: dataset}, as make_datasets returns
     config : {key: value}, what config.json is to say of the run (see describe_run)
     """
-    train, dev, test = (datasets[split] for split in args.splits)
+    train, dev, test = datasets.values()
     parameters = models.trainable(model)
     # AdamW's default weight decay .01 and no clipping: our choice, as the paper names neither.
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, fused=True)
@@ -103,7 +102,8 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     losses = []
     wanted = batches(dataset, args, epoch)
-    for batch, chunks in load_ahead(f"epoch {epoch}", wanted, dataset, args, RANK, PROCESSES):
+    load = partial(load_chunks, dataset, args, RANK, PROCESSES)
+    for batch, chunks in data.read_ahead(load, wanted, args.workers, f"epoch {epoch}"):
         with autocast(args):
             predictions = predict_batch(model, chunks, args)  # (b, A)
         predictions = gather(predictions, len(batch))  # (B, A), of all processes
@@ -163,9 +163,10 @@ def evaluate(model, dataset, args):
     would be in one process.
     """
     model.eval()
-    predictions = torch.zeros(len(dataset), len(args.attributes), device=args.device)
+    predictions = torch.zeros_like(dataset.targets, device=args.device)
     wanted = batches(dataset, args)[RANK::PROCESSES]
-    for batch, chunks in load_ahead("evaluation", wanted, dataset, args):
+    load = partial(load_chunks, dataset, args, 0, 1)
+    for batch, chunks in data.read_ahead(load, wanted, args.workers, "evaluation"):
         with autocast(args):
             predictions[batch] = predict_batch(model, chunks, args)
     add_up(predictions)
@@ -202,13 +203,6 @@ def batches(dataset, args, epoch=None):
         least = max(2, PROCESSES)
     parts = [indices[k : k + size] for k in range(0, len(indices), size)]
     return [sorted(part, key=length) for part in parts if len(part) >= least]
-
-
-def load_ahead(name, wanted, dataset, args, process=0, processes=1):
-    """Yield load_chunks of each wanted batch, read ahead by threads, with a bar on a terminal."""
-    load = partial(load_chunks, dataset, args, process, processes)
-    loaded = data.read_ahead(load, wanted, args.workers)
-    return tqdm(loaded, name, len(wanted), leave=False, disable=RANK > 0 or None)
 
 
 def load_chunks(dataset, args, process, processes, batch):
@@ -319,7 +313,6 @@ def run(args):
     config = describe_run(args, model, utterances)
     if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
-        data.require(utterances, args.splits, least=2)
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         check_resumable(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
@@ -371,8 +364,8 @@ def describe_run(args, model, utterances):
         "labels": digest_rows([u.name, *u.labels] for u in utterances),
         "encoder_sha256": model.encoder_sha256,
         "processes": PROCESSES,
-        "trainable_parameters": sum(p.numel() for p in models.trainable(model).values()),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": models.count(models.trainable(model).values()),
+        "total_parameters": models.count(model.parameters()),
         "device": device,
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -397,7 +390,6 @@ def fill_cache(args, model, utterances):
     exchange("filled")  # All processes wait here until the cache is full.
     entries, fingerprint, seconds = cache.read_entries(args.cache)
     utterances = [u for u in utterances if u.name in entries]
-    data.require(utterances, args.splits, least=2)
     contents = {
         "cache": "cut {cut}, {dtype}".format(**fingerprint),
         "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
@@ -408,6 +400,7 @@ def fill_cache(args, model, utterances):
 
 def make_datasets(args, model, utterances, entries):
     """{split: dataset}, from a cache's entries or, without, from audio."""
+    data.require(utterances, args.splits, least=2)
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
@@ -582,8 +575,8 @@ def demo(folder):
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
-    places = ["--data", corpus, "--model", f"{corpus}/encoder"]
-    places += ["--cache", f"{folder}/cache", "--out", f"{folder}/run"]
+    places = [f"--data={corpus}", f"--model={corpus}/encoder"]
+    places += [f"--cache={folder}/cache", f"--out={folder}/run"]
     line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
     return parse_args(places + line.split())
 

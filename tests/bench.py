@@ -197,7 +197,7 @@ def prepare(folder, n, base):
     lengths = np.random.default_rng(0).permutation(spread(n + 4))
     for path, samples in zip(sorted(folder.glob("Audios/*")), lengths, strict=True):
         soundfile.write(path, np.resize(soundfile.read(path)[0], samples), RATE)
-    data.write_encoder(folder / "encoder", layers=4, width=256, channels=64)
+    data.write_encoder(folder / "encoder", width=256, channels=64)
     if base:
         Wav2Vec2Model(Wav2Vec2Config(**BASE)).save_pretrained(folder / "encoder")
     cache.main(f"--data {folder} --model {folder}/encoder --out {folder}/cache".split())

@@ -690,7 +690,7 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
 
 def test_windows(small, score, tmp_path):
     """--window and --hop give a row a piece, with Start and End: what the cut-out piece alone gets.
-    A piece goes on to the recording's end, and a rest under .1 s is none of its own."""
+    A piece goes on to the recording's end, and a rest under .1 s is left out."""
     sound = np.random.default_rng(0).normal(0, 0.1, 40800).astype(np.float32)  # 2.55 s
     soundfile.write(tmp_path / "long.wav", sound, 16000, "FLOAT")
     rows = score(small, tmp_path / "long.wav", "--window", 1, "--hop", 0.5)
@@ -718,6 +718,24 @@ def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
     out, err = capfd.readouterr()
     assert left.value.code == 1 and err.count("2.wav") == 1
     assert [line.split(",")[0] for line in out.splitlines()] == ["FileName", "1.wav", "3.wav"]
+
+
+def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):
+    """Where a file needs more memory than there is, `predict` says what needs less, and what it had
+    predicted by then is kept."""
+    forward = models.EmotionModel.forward
+    sizes = []
+
+    def full(model, wave, samples):
+        sizes.append(samples)
+        if len(sizes) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(model, wave, samples)
+
+    monkeypatch.setattr(models.EmotionModel, "forward", full)
+    with pytest.raises(MemoryError, match="out of memory: give --window"):
+        predict(small, Path(corpus, "Audios"), "--csv", tmp_path / "scores.csv")
+    assert len(read_csv(tmp_path / "scores.csv")) == 1
 
 
 def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
