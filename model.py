@@ -560,10 +560,7 @@ def predict(args):
     else:
         utterances = data.find_audio(args.audio)
     failed = False
-    with (
-        open_csv(args.csv, header) as writer,
-        explain_memory("give --window, to predict in pieces"),
-    ):
+    with open_csv(args.csv, header) as writer:
         # With rows on the terminal there is no bar. None: only where stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
@@ -592,8 +589,10 @@ def predict_file(model, path, window=None, hop=None):
         wave = data.load_audio(path, model.sample_rate, *bounds)
         if data.is_constant(wave):
             tqdm.write(f"note: constant sound: '{path}' {bounds or ''}", sys.stderr)
-        wave = torch.from_numpy(wave).to(model.head.weight.device)
-        yield bounds, model(wave[None], [len(wave)])[0].tolist()
+        with explain_memory(f"'{path}' needs --window, or a shorter one"):
+            wave = torch.from_numpy(wave).to(model.head.weight.device)
+            predictions = model(wave[None], [len(wave)])[0].tolist()
+        yield bounds, predictions
 
 
 def windows(seconds, length, hop):
