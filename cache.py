@@ -25,7 +25,6 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +49,8 @@ class Entry(NamedTuple):
 def encode(model, recordings, device):
     """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
 
-    Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one cache
-    serves runs of any precision and padding.
+    Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one
+    cache serves runs of any precision and padding.
     """
     model.eval().to(device)
     for name, wave, audio_crc in recordings:
@@ -63,8 +62,8 @@ def fill(folder, fingerprint, items, process=0):
     """Step 2: write hidden states into shards of a folder.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
-    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). The seconds
-        that a shard records include what a generator takes to compute its items
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). The
+        seconds that a shard records include what a generator takes to compute its items
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
@@ -104,7 +103,7 @@ def write_shard(folder, fingerprint, items, process, began):
         "seconds": time.perf_counter() - began,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
-    paths = (Path(f"{folder}/shard-{process}-{number:05}.pt") for number in itertools.count())
+    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
     path = next(path for path in paths if not path.exists())  # Nothing is written over.
     with atomic(path) as file:
         torch.save(content, file)
@@ -216,7 +215,7 @@ def lock(folder, name=".lock", wait=False):
     """Make a folder, and hold a lock of it. Where another process holds that, raise OSError or,
     with `wait`, say so and wait."""
     os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/{name}", "a") as file:
+    with open(Path(folder, name), "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -240,7 +239,7 @@ def complete(folder, model, utterances, args, dtype=None):
     dtype : of a new cache, a key of DTYPES (None: float16)
 
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
-    cache may be read-only. Then with the lock, as another run may have filled it meanwhile.
+    cache may be read-only. Then with the lock held, as another run may have filled it.
     """
     import data  # Only commands need it, and no part of what is copied.
 
@@ -262,8 +261,8 @@ def complete(folder, model, utterances, args, dtype=None):
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > free:
             raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        read = partial(read_recording, sample_rate=rate)
-        recordings = data.read_ahead(read, missing, args.workers, "fill")
+        load = lambda u: read_recording(u, rate)
+        recordings = data.read_ahead(load, missing, args.workers, "fill")
         fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
 

@@ -92,17 +92,17 @@ def collate(items):
 
 
 def progress(items, name):
-    """The items, with a bar on the terminal, of which one is enough for all of torchrun's
-    processes."""
+    """The items, with a bar of that name where there is a terminal. Of torchrun's processes, the
+    first alone has one."""
     quiet = os.environ.get("RANK", "0") != "0"
     return tqdm(items, name, leave=False, disable=quiet or None)
 
 
-def read_ahead(load, items, workers, name="load"):
+def read_ahead(load, items, workers, name):
     """Yield load(item) for each item, in order, computed by `workers` threads up to 2 * workers
     items ahead, with a bar of that name. Our choice is threads, and not a DataLoader's processes:
-    nothing is pickled, no shared memory fills up, and an error arrives as it is. Decoding, checksums
-    and NumPy release the GIL, so that threads do work side by side."""
+    nothing is pickled, no shared memory fills up, and an error arrives as it is. Decoding,
+    checksums and NumPy release the GIL, so that threads do work side by side."""
     futures = deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in progress(items, name):

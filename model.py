@@ -264,8 +264,9 @@ def first_of(output):
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
     """WavLM's attention of hidden (B, T, D), in place of its method torch_multi_head_self_attention
-    -> (B, T, D), and None for the attention's weights. `position_bias` (B * heads, T, T) is gated already. What else
-    the method is given depends on the version of transformers, and is of no use here."""
+    -> (B, T, D), and None for the attention's weights. `position_bias` (B * heads, T, T) is gated
+    already. What else the method is given depends on the version of transformers, and is of no use
+    here."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
@@ -356,7 +357,8 @@ def check_freeze(model, method, layers, depth, freeze_embedding):
         raise ValueError("the model has adapters already: freeze a new one")
 
 
-def count(parameters):
+def count_parameters(parameters):
+    """How many numbers some parameters hold."""
     return sum(p.numel() for p in parameters)
 
 
@@ -461,7 +463,7 @@ def load_trained(model, weights):
 
 
 def build(encoder, audio, settings):
-    """An EmotionModel, built and frozen as `settings`, the arguments of a run as {name: value}, say.
+    """An EmotionModel, built and frozen as `settings` say: the arguments of a run, {name: value}.
     `encoder, audio` are what load_encoder returns."""
     model = EmotionModel(
         encoder,
@@ -512,7 +514,7 @@ def blame(path):
         ) from error
 
 
-# The words of Python, of PyTorch on a GPU and on a CPU, of cuBLAS and of cuDNN.
+# This is what Python, PyTorch on a GPU and on a CPU, cuBLAS and cuDNN say.
 MEMORY_IS_FULL = "MemoryError|out of memory|allocate memory|ALLOC_FAILED|unable to find an engine"
 
 
@@ -565,7 +567,8 @@ def predict(args):
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
-                    units = [*predictions, *u.labels]  # on 0 to 1; only a corpus has labels
+                    # Both are on 0 to 1, and only a corpus has labels.
+                    units = [*predictions, *u.labels]
                     values = [*bounds, *(low + (high - low) * unit for unit in units)]
                     writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
             except ValueError as error:
@@ -584,7 +587,8 @@ def predict_file(model, path, window=None, hop=None):
 
     pieces = [()]  # the whole
     if window:
-        pieces = windows(data.measure(path, limited=False) / 16000, window, hop)
+        samples = data.measure(path, model.sample_rate, limited=False)
+        pieces = windows(samples / model.sample_rate, window, hop)
     for bounds in pieces:
         wave = data.load_audio(path, model.sample_rate, *bounds)
         if data.is_constant(wave):
@@ -647,7 +651,7 @@ def export(args):
     # Hugging Face has a linear layer before the mean, and we have none: ours is the identity.
     nn.init.eye_(exported.projector.weight)
     nn.init.zeros_(exported.projector.bias)
-    # With a mask, a batch of files gives what each gives alone, unless the CNN normalises over time.
+    # With a mask, files in a batch give what they give alone, unless the CNN normalises over time.
     masked = model.padding == "exact" and config.feat_extract_norm == "layer"
     extractor = transformers.Wav2Vec2FeatureExtractor(
         sampling_rate=model.sample_rate,
@@ -685,13 +689,13 @@ def params(args):
     name = args.model or "wav2vec2-base"
     with blame(name), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
-    total = count(model.encoder.parameters())
+    total = count_parameters(model.encoder.parameters())
     counts = range(min(3, len(model.encoder.encoder.layers)), 0, -1)
     partial = [("partial", n, frozen) for frozen in (False, True) for n in counts]
     # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
     for method, layers, frozen in [("full", None, False), *partial, ("lora", None, False)]:
         freeze(model, method, layers, frozen)
-        trained = count(trainable(model).values())
+        trained = count_parameters(trainable(model).values())
         name = f"{method} {layers or 'all'}"
         if frozen:
             name += ", embedding frozen"

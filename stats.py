@@ -254,9 +254,9 @@ def table_one(rows, attributes):
 
 
 def memory_table(rows, sizes):
-    """Table II, {column: text} a row, for cards of some sizes in GB (10^9 bytes): ✓ from a row's peak
-    on, ✗ below it and up to a card on which it failed, else ?. A peak is what was allocated, or on
-    a CPU resident; a GPU needs some hundred MB beside it."""
+    """Table II, {column: text} a row, for cards of some sizes in GB (10^9 bytes): ✓ from a row's
+    peak on, ✗ below it and up to a card on which it failed, else ?. A peak is what was allocated,
+    or on a CPU resident; a GPU needs some hundred MB beside it."""
     table = []
     for row in rows:
         peak = max(row["peak_memory_bytes"], default=0) / 1e9

@@ -47,7 +47,7 @@ def fit(args, model, datasets, config):
     """Train, keep the best epoch, and score the test split once with it (section IV-D).
 
     args : of parse_args
-    datasets : {split: dataset}, as make_datasets returns
+    datasets : {split: dataset}, as make_datasets returns, in the order of --splits
     config : {key: value}, what config.json is to say of the run (see describe_run)
     """
     train, dev, test = datasets.values()
@@ -97,8 +97,8 @@ def fit(args, model, datasets, config):
 def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     """One pass over the training split -> mean loss of its steps."""
     model.train()
-    # Every epoch seeds its dropout. So a resumed one draws what it would have drawn, and no state of
-    # a generator has to be saved. Processes have different utterances, and so different seeds.
+    # Every epoch seeds its dropout. So a resumed one draws what it would have drawn, and no
+    # generator's state has to be saved. Processes have different utterances, and so other seeds.
     torch.manual_seed((1000 * args.seed + epoch) * 1000 + RANK)
     losses = []
     wanted = batches(dataset, args, epoch)
@@ -137,9 +137,9 @@ def predict_batch(model, chunks, args):
 
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
     the loss. Only the model runs chunk by chunk, and the predictions come back together. The
-    activations of all chunks are kept for the one backward pass, unless `args.recompute` drops what
-    `suffix` has computed, and does it again, dropout alike, in the backward pass: then peak memory
-    is one chunk's (section II-D).
+    activations of all chunks are kept for the one backward pass. With `args.recompute`, what
+    `suffix` computes is dropped, and computed again in that pass, dropout alike: peak memory is
+    then one chunk's (section II-D).
     """
     predictions = []
     for inputs, lengths in chunks:
@@ -364,8 +364,8 @@ def describe_run(args, model, utterances):
         "labels": digest_rows([u.name, *u.labels] for u in utterances),
         "encoder_sha256": model.encoder_sha256,
         "processes": PROCESSES,
-        "trainable_parameters": models.count(models.trainable(model).values()),
-        "total_parameters": models.count(model.parameters()),
+        "trainable_parameters": models.count_parameters(models.trainable(model).values()),
+        "total_parameters": models.count_parameters(model.parameters()),
         "device": device,
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

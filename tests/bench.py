@@ -5,13 +5,12 @@ wav2vec2-base, its own dropouts, lengths like MSP-Podcast's, and train.train_epo
     python tests/bench.py --rows "full fp32,recommended mixed" --batch 32    # these rows only
     python tests/bench.py --memory 11 48    # Table II: what fits; a CPU needs 34 GB, and no caps
 
-Rows are for a batch of 32, its lengths evenly spread over their distribution. CUDA runs it whole. A
-CPU runs of each chunk only every k-th utterance, the longest included, so that --batch of them (4)
-remain, padded as the chunk is. All time but the optimizer's is scaled up. --batch 32 runs it whole.
-s/step: median of several after the first, without waiting for data. hours: 5 epochs over Train of
-MSP-Podcast. peak GB: where all is run. of rate: arithmetic over the rate of a large matrix product
-just after (convolutions in TF32 may pass 1); useful: without that on padding. waiting: for data.
-attention (batched products, softmax), products, random (dropout), optimizer, other: parts of a step.
+Rows are for 32 lengths, spread evenly over their distribution. CUDA runs them whole. A CPU runs
+every k-th utterance of each chunk, the longest included: --batch of them (4), padded as the chunk
+is. All but the optimizer's time is scaled up. s/step: median after the first, without waiting for
+data. hours: 5 epochs over Train of MSP-Podcast. peak GB: where all is run. of rate: arithmetic over
+the rate of a large matrix product just after (TF32 may pass 1); useful: without that on padding.
+attention to other: parts of a step (GROUPS).
 """
 
 import argparse
@@ -44,9 +43,6 @@ import data
 import model as models
 import train
 
-# Each row has a process of its own, forked from one that has imported all and computed nothing.
-FRESH = torch.multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["train"])
 BATCH, RATE = 32, 16000
 # what differs from transformers' defaults in wav2vec2-base's own config.json, as far as known
 BASE = {"activation_dropout": 0.0, "feat_proj_dropout": 0.1}
@@ -135,7 +131,7 @@ def profile_step(args, model, dataset):
     clock = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
     for event in profiler.key_averages():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # A GPU's kernel: its time stands at the operator that started it, too.
+            continue  # A GPU's kernel: its operator has the time, too.
         group = next(name for name, words in GROUPS.items() if re.search(words, event.key))
         seconds[group] += getattr(event, clock) / 1e6
     return seconds
@@ -184,7 +180,7 @@ def measure_rows(rows, n, caps):
     """Rows, each in a process of its own, so that the peak of memory is its own, too."""
     for row, cap in itertools.product(rows, caps):
         try:
-            with ProcessPoolExecutor(1, FRESH) as pool:
+            with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
                 line = pool.submit(run_row, row, n, cap).result()
         except (RuntimeError, MemoryError) as error:  # out of memory, or ended by the system
             line = {"row": row, "failed": str(error)}
@@ -304,7 +300,7 @@ def measure_scale(folder, n):
     """Steps with a corpus of n utterances, each in a process of its own."""
     prepare_scale(folder, n)
     for step in ("check", "fill", "entries", "start", "epoch"):
-        with ProcessPoolExecutor(1, FRESH) as pool:
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
             yield {"utterances": n} | pool.submit(run_step, step, folder).result()
 
 

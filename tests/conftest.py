@@ -29,8 +29,8 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it bri
 tqdm.tqdm.monitor_interval = 0
 tqdm.tqdm.set_lock(RLock())
 FORK = multiprocessing.get_context("fork")
-# Nor can they have a GPU in common, and a GPU rounds otherwise. So tests see none, but for those
-# with the fixture `gpu`. To count GPUs starts none.
+# Forked children cannot share a GPU either, and a GPU rounds otherwise. So it is hidden from all
+# but the process of the fixture `gpu`. Counting GPUs does not start one.
 NEEDS_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs an NVIDIA GPU")
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -172,9 +172,8 @@ def cached(fill, tmp_path_factory):
 def gpu():
     """gpu(main, options): a script's main in a process of its own, which sees the GPU."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, context, os.environ.update, [{"CUDA_VISIBLE_DEVICES": GPUS}]
-    ) as pool:
+    visible = {"CUDA_VISIBLE_DEVICES": GPUS}
+    with ProcessPoolExecutor(1, context, os.environ.update, [visible]) as pool:
         yield lambda main, options: pool.submit(main, [str(option) for option in options]).result()
 
 

@@ -90,12 +90,12 @@ def test_read_ahead(workers):
         loaded.append(i)
         return 10 // (7 - i)
 
-    results = data.read_ahead(load, iter(range(99)), workers)
+    results = data.read_ahead(load, iter(range(99)), workers, "load")
     assert [next(results) for _ in range(7)] == [10 // (7 - i) for i in range(7)]
     assert max(loaded) <= 6 + 2 * workers
     with pytest.raises(ZeroDivisionError):
         next(results)
-    results = data.read_ahead(load, range(8, 99), workers)
+    results = data.read_ahead(load, range(8, 99), workers, "load")
     next(results)
     results.close()
     assert not any("ThreadPool" in thread.name for thread in threading.enumerate())

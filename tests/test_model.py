@@ -721,14 +721,14 @@ def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
 
 
 def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):
-    """Where a file needs more memory than there is, `predict` names it and says what needs less, and
+    """Where a file needs more memory than there is, `predict` names it and says what needs less;
     what it had predicted by then is kept."""
     forward = models.EmotionModel.forward
-    sizes = []
+    calls = []
 
     def full(model, wave, samples):
-        sizes.append(samples)
-        if len(sizes) == 2:
+        calls.append(samples)
+        if len(calls) == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return forward(model, wave, samples)
 
