@@ -10,7 +10,6 @@ every k-th utterance of each chunk, the longest included: --batch of them (4), p
 is. All but the optimizer's time is scaled up. s/step: median after the first, without waiting for
 data. hours: 5 epochs over Train of MSP-Podcast. peak GB: where all is run. of rate: arithmetic over
 the rate of a large matrix product just after (TF32 may pass 1); useful: without that on padding.
-attention to other: parts of a step (GROUPS).
 """
 
 import argparse
@@ -64,7 +63,7 @@ QUICK = ["full fp32", "full mixed", "partial 3 fp32", "partial 3 mixed"]
 QUICK += ["cached 3 fp32", "cached 3 mixed", "recommended fp32", "recommended mixed"]
 TABLE_2 = ["full fp32", "full chunked recomputed fp32", "full mixed"]
 TABLE_2 += ["partial 3 fp32", "partial 3 mixed", "lora fp32"]
-# what PyTorch's operators do, the first that matches; all else is "other"
+# parts of a step by names of operators, the first that matches; all else is "other"
 GROUPS = {"attention": "bmm|softmax|attention", "products": "mm$|addmm|conv"}
 GROUPS |= {"random": "bernoulli|dropout", "optimizer": "adamw", "other": ""}
 PEERS = ["full fp32", "peer full fp32", "lora fp32", "peer lora fp32"]
