@@ -25,13 +25,14 @@ import shutil
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-SHARD_BYTES = 256 * 2**20  # About what an interruption loses: an hour of speech.
+SHARD_BYTES = 256 * 2**20  # About an hour of speech. An interruption loses at most one shard.
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -62,8 +63,7 @@ def fill(folder, fingerprint, items, process=0):
     """Step 2: write hidden states into shards of a folder.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
-    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None). The
-        seconds that a shard records include what a generator takes to compute its items
+    items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
@@ -92,14 +92,15 @@ def fill(folder, fingerprint, items, process=0):
 
 def write_shard(folder, fingerprint, items, process, began):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `began` is the time at which work on the first of them began."""
+    known about them. `began` is the time at which work on the first of them began: where a
+    generator computes them, that counts."""
     names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
         "names": list(names),
         "frames": [len(states) for states in hidden],
         "checksums": [checksum(fingerprint, name, states) for name, states, _ in items],
-        "audio": list(audio_crcs),
+        "audio": list(audio_crcs),  # CRC-32 of the recordings
         "seconds": time.perf_counter() - began,
         "hidden": torch.cat(hidden),  # (sum of T, D)
     }
@@ -117,12 +118,13 @@ def checksum(fingerprint, name, hidden):
 
 
 def open_shard(path):
-    """A shard's content, its hidden states mapped and not read, and as `rows` the lists that it
-    holds, side by side. Only tensors and plain values are unpickled. ValueError for damage."""
+    """A shard's content, its hidden states mapped and not read, and "rows": (name, frames,
+    checksum, CRC of the recording) of each utterance. Only tensors and plain values are unpickled.
+    ValueError for damage."""
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        shard["rows"] = list(zip(*columns, strict=True))  # a row an utterance
+        shard["rows"] = list(zip(*columns, strict=True))
         set(shard["names"])  # A TypeError, and so damage, if a name is a list.
         fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
         if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
@@ -139,7 +141,7 @@ def read_entries(folder):
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
     entries = {}
     fingerprint = None
-    # Of each process. They fill side by side, so that filling took as long as the slowest one.
+    # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
     for path in sorted(Path(folder).glob("shard-*.pt")):
         shard = open_shard(path)
@@ -161,13 +163,11 @@ class CachedDataset:
     entries : of read_entries
     utterances : objects with name, and labels, A floats on 0 to 1
 
-    `lengths` are in frames. ValueError where an utterance is missing or, at its reading, damaged.
+    `lengths` are in frames. KeyError where an utterance is not in the cache, ValueError where it
+    turns out to be damaged as it is read.
     """
 
     def __init__(self, entries, utterances):
-        missing = [u.name for u in utterances if u.name not in entries]
-        if missing:
-            raise ValueError(f"the cache lacks {len(missing)} utterances, '{missing[0]}' first")
         self.utterances = utterances
         self.entries = [entries[u.name] for u in utterances]
         self.lengths = [entry.frames for entry in self.entries]
@@ -232,7 +232,7 @@ def lock(folder, name=".lock", wait=False):
 
 
 def complete(folder, model, utterances, args, dtype=None):
-    """Fill what a cache lacks of this process's share of some utterances, and set the model's cut
+    """Fill this process's share of what a cache lacks of some utterances, and set the model's cut
     to the cache's. ValueError where the folder is no cache, or none to train the model from.
 
     args : skip_bad, workers and device, of cache.py or train.py
@@ -248,20 +248,19 @@ def complete(folder, model, utterances, args, dtype=None):
     # at different moments leave no gap between them.
     _, missing = look(folder, model, utterances[process::processes], dtype)
     rate = model.sample_rate
-    missing = data.usable(missing, rate, args.skip_bad)
-    if not missing:
+    wanted = data.usable(missing, rate, args.skip_bad)  # It counts their samples, too.
+    if not wanted:
         return
     with lock(folder, f".lock-{process}", wait=True):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
-        fingerprint, missing = look(folder, model, missing, dtype)
+        fingerprint, missing = look(folder, model, wanted, dtype)
         frames = sum(model.frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
-        free = shutil.disk_usage(folder).free
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
-        if size > free:
-            raise OSError(f"'{folder}' needs {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free")
-        load = lambda u: read_recording(u, rate)
+        if size > shutil.disk_usage(folder).free:
+            raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
+        load = partial(read_recording, sample_rate=rate)
         recordings = data.read_ahead(load, missing, args.workers, "fill")
         fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
@@ -270,7 +269,8 @@ def look(folder, model, utterances, dtype):
     """Compare a folder with a model, and set the model's cut to the folder's -> the fingerprint of
     what would be filled into it now, and which of some utterances it lacks.
 
-    A folder with shards keeps its own cut and dtype. A new one gets the model's cut and float16.
+    A folder with shards keeps its own cut. A new one gets the model's. Where `dtype` is None, it is
+    that of the shards, or float16. ValueError where it is another than theirs.
     """
     entries, found, _ = read_entries(folder)
     names = [path.name for path in Path(folder).glob("*")]
@@ -321,8 +321,8 @@ def process_numbers():
 
 
 def verify(folder, root):
-    """Print every utterance that is damaged or, with a corpus `root`, whose recording is another
-    now. ValueError if there are any."""
+    """Print every utterance that is damaged or, with a corpus `root`, whose recording has changed
+    since. ValueError if there are any."""
     import data
 
     entries, _, _ = read_entries(folder)
@@ -339,7 +339,7 @@ def verify(folder, root):
         try:
             dataset[i]  # raises an error if it is damaged
             entry = entries[u.name]
-            # A cache of one's own may know no CRC of a recording.
+            # Where another program called `fill`, there may be no CRC of the recording.
             known = u.path and entry.audio_crc is not None
             if known and zlib.crc32(Path(u.path).read_bytes()) != entry.audio_crc:
                 raise ValueError(f"'{u.path}' has changed: delete '{entry.path}'")
@@ -362,18 +362,16 @@ def main(argv=None):
     add("--splits", nargs="+", default=["Train", "Development", "Test1"], help="(%(default)s)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--verify", action="store_true", help="read all back; with --data, the recordings too")
-    add("--workers", type=int, default=2, help="threads that read audio ahead of the model (2)")
     args = parser.parse_args(argv)
     if args.verify:
         return verify(args.out, args.data)
     if not args.data:
         parser.error("--data is required, except with --verify")
-    if args.workers < 1:
-        parser.error("--workers must be above 0")
 
     import data
     import model as models
 
+    args.workers = 2  # threads that read audio ahead of the model
     args.device = models.choose_device("auto")
     encoder, audio = models.load_encoder(args.model)
     model = models.EmotionModel(encoder, **audio)

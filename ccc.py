@@ -23,9 +23,9 @@ def ccc(pred, target):
     ValueError where the shapes differ. PyTorch would broadcast (N, 1) against (N,) to (N, N), and
     compare every prediction with every label.
 
-    Two choices of ours, where the paper is silent. Variances and covariance are means over all n,
-    as Lin (1989) defines them. (torch.var divides by n - 1. Mixed with a mean, it would give a
-    ccc(x, x) that is not 1.) And 1e-8 is added to the denominator, which is 0 if predictions and
+    Two choices of ours, where the paper is silent. Variances and covariance are means over all N,
+    as Lin (1989) defines them. (torch.var divides by N - 1: beside a covariance that divides by N,
+    ccc(x, x) would not be 1.) And 1e-8 is added to the denominator, which is 0 if predictions and
     labels are the same constant: the CCC is then 0 with finite gradients, and not NaN.
     """
     if pred.shape != target.shape:
@@ -60,8 +60,8 @@ def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     table = {row.get("FileName"): row for row in rows}
-    # A name in two rows makes the table shorter than the rows. Without that column, every name is
-    # Python's None.
+    # A name in two rows makes the table shorter than the rows. Without a column FileName, every
+    # name is None.
     if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     return table
@@ -97,7 +97,7 @@ def print_scores(path, labels=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="CCC of a predictions file.")
     parser.add_argument("predictions", help="CSV file: FileName and any of Act, Val, Dom")
-    parser.add_argument("--labels", help="CSV file: EmoAct, EmoVal, EmoDom, if that has none")
+    parser.add_argument("--labels", help="CSV file: EmoAct, EmoVal, EmoDom, if not in the first")
     args = parser.parse_args(argv)
     print_scores(args.predictions, args.labels)
 

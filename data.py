@@ -32,7 +32,7 @@ from tqdm import tqdm
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
 PAPER = ["activation", "valence"]  # the attributes that the paper predicts
 SPLITS = ["Train", "Development", "Test1", "Test2", "Test3"]  # Test3's labels are withheld
-SCALE = (1, 7)  # the least and the greatest label of MSP-Podcast
+SCALE = [1, 7]  # the least and the greatest label of MSP-Podcast
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
 
@@ -62,8 +62,7 @@ def load_audio(source, sample_rate=16000, start=0.0, stop=None):
         rate = sound.samplerate
         blocks = read_blocks(sound, file, start, stop)  # each (S, channels)
         wave = np.concatenate([block.mean(axis=1) for block in blocks])
-    wave = scipy.signal.resample_poly(wave, sample_rate, rate)
-    return wave.astype(np.float32, copy=False)
+    return scipy.signal.resample_poly(wave, sample_rate, rate)  # It keeps float32.
 
 
 class SpeechDataset:
@@ -379,9 +378,8 @@ def judge_header(sound, sample_rate, limited):
         raise ValueError(TRUNCATED)
     if not sound.frames or re.search("Unknown chunk marker.*Exiting parser", notes):
         raise ValueError(UNCOUNTED)
-    least = 1000 * MIN_SAMPLES / sample_rate  # ms
-    if sound.frames < least * rate / 1000:
-        raise ValueError(f"shorter than {least:g} ms; leave it out")
+    if sound.frames * sample_rate < MIN_SAMPLES * rate:
+        raise ValueError(f"shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms; leave it out")
     if limited and sound.frames > MAX_SECONDS * rate:
         raise ValueError(f"longer than {MAX_SECONDS} s; cut it, or see `model.py predict --window`")
 

@@ -58,21 +58,21 @@ class EmotionModel(nn.Module):
         padded (IV-B). With a cache, the hidden states at the cut are (IV-C), which gives other
         predictions. Nothing is masked, and the mean is over padded frames, too. So a prediction
         depends on its batch.
-    "exact" padding: the CNN sees each waveform alone where it normalises over time, and padded
-        frames are zero before the positional convolution, masked in attention and left out of the
-        mean. So a prediction is what it would be alone (our choice, beside the paper's).
+    "exact" padding: a CNN that normalises over time sees each waveform alone, and padded frames
+        are zero before the positional convolution, masked in attention and left out of the mean.
+        So a prediction is what it would be alone (our choice, beside the paper's).
 
     `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on.
     load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`.
     The model normalises waveforms itself, in `prefix`.
 
     SpecAugment and layer drop never run, whatever config.json says. That is our choice: no cache
-    could have them, and rows are to differ only in what they train. `run_stages` calls the layers
-    itself, and the forward of Hugging Face that has both is not called. Its checkpointing is
+    could have them, and the rows of Table I are to differ only in what they train. They are in
+    Hugging Face's forward, and `run_stages` calls the layers without it. Its checkpointing is
     switched off, too, as train.py has its own.
     """
 
-    # Raise it whenever what `prefix` computes changes: older caches are then refused.
+    # Add 1 whenever what `prefix` computes changes: older caches are then refused.
     PREFIX_VERSION = 1
 
     def __init__(
@@ -93,7 +93,7 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        # `build` sets these two for a run: its least and greatest label, and its encoder's digest.
+        # For a run, `build` sets its least and greatest label, and the digest of its encoder.
         self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
@@ -105,8 +105,8 @@ class EmotionModel(nn.Module):
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
             if self.is_wavlm:
-                # WavLM's own attention reads the weights of q_proj and v_proj, and never calls the
-                # two. So it would pass by a LoRALinear in their place.
+                # WavLM's own attention does not call q_proj and v_proj. It reads their weights,
+                # and a LoRALinear in their place would not take part.
                 attend = MethodType(wavlm_attention, layer.attention)
                 layer.attention.torch_multi_head_self_attention = attend
         if not self.is_wavlm:
@@ -119,7 +119,7 @@ class EmotionModel(nn.Module):
     def prefix(self, wave, samples):
         """All before the cut.
 
-        Takes wave (B, S) float, and the true length of each row, B ints of samples.
+        Takes wave (B, S) float, and `samples`, the true length of each waveform, B ints.
         Returns hidden, what stage `cut` takes: (B, T, D), or at cut 0 the CNN's features (B, T, C);
         and frames, their true lengths, B ints. Lengths are plain ints: to read them from a tensor
         on a GPU, one would have to wait for it. TypeError or ValueError for other shapes.
@@ -170,8 +170,8 @@ class EmotionModel(nn.Module):
         return self
 
     def frames(self, samples):
-        """How many frames the CNN makes of a number of samples: in all, one of 400 samples (25 ms)
-        every 320 (20 ms)."""
+        """How many frames the CNN makes of a number of samples. With the usual kernels and strides,
+        a frame is made of 400 samples (25 ms), and the next begins 320 (20 ms) later."""
         config = self.encoder.config
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
@@ -196,10 +196,8 @@ class EmotionModel(nn.Module):
             return cnn(wave).transpose(1, 2)
         # Base encoders have a GroupNorm over time here: zeros after a waveform would change every
         # frame of it, so each waveform goes through the CNN alone.
-        alone = []
-        for row, n in zip(wave, samples, strict=True):
-            alone.append(cnn(row[None, :n])[0].T)  # (T, C)
-        return pad_sequence(alone, batch_first=True)
+        waves = [row[None, :n] for row, n in zip(wave, samples, strict=True)]
+        return pad_sequence([cnn(wave)[0].T for wave in waves], batch_first=True)
 
     def mask(self, hidden, frames):
         """(B, T) bool, False in padding; None where nothing is masked."""
@@ -211,10 +209,10 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Both of its LayerNorms take float32, also under autocast: run_stages casts the input of the
-        first, which is in the projection, and .float() here that of the second. On a CPU, a
-        LayerNorm over bfloat16 adds up its weight's gradient over all frames in bfloat16, which is
-        up to 46 % off.
+        Its two LayerNorms take float32, also under autocast. `run_stages` casts the input of the
+        first, which is in the projection, and the .float() below casts the input of the second. On
+        a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in bfloat16,
+        which is up to 46 % off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -235,8 +233,8 @@ class EmotionModel(nn.Module):
         if mask is not None:
             options["attention_mask"] = mask[:, None, None]  # (B, 1, 1, T): all heads, all queries.
         if self.is_wavlm:
-            # The first layer holds the position biases (heads, T, T) of all layers. Each layer gets
-            # them here, and multiplies them by a gate of its own.
+            # The position biases (heads, T, T) that the first layer computes are those of all
+            # layers. Each layer gets them here, and multiplies them by a gate of its own.
             longest = hidden.shape[1]
             bias = layers[0].attention.compute_bias(longest, longest)
             options["position_bias"] = bias.repeat(len(hidden), 1, 1)  # (B * heads, T, T)
@@ -263,18 +261,18 @@ def first_of(output):
 
 
 def wavlm_attention(attention, hidden, mask, position_bias, *_):
-    """WavLM's attention of hidden (B, T, D), in place of its method torch_multi_head_self_attention
-    -> (B, T, D), and None for the attention's weights. `position_bias` (B * heads, T, T) is gated
-    already. What else the method is given depends on the version of transformers, and is of no use
-    here."""
+    """Self-attention of hidden (B, T, D) -> (B, T, D), and None for the attention's weights. It
+    replaces WavLM's method torch_multi_head_self_attention. `position_bias` (B * heads, T, T) is
+    gated already. What else that method is given depends on the version of transformers, and is not
+    needed here."""
     split = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
         split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
     if mask is not None:
-        # Were the -inf in position_bias before its gate, the gate's gradient would be 0 times
-        # infinity, which is NaN.
+        # Only here, after the gate: before it, -inf in the bias would make the gate's gradient 0
+        # times infinity, which is NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
@@ -316,9 +314,10 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     the CNN never (section IV-A). ValueError where method and layers do not fit.
 
     "full": all transformer layers, and the embedding before them.
-    "partial": the last `layers` transformer layers and, as the paper's parameter counts say, the
-        embedding, unless `freeze_embedding`. To reach the embedding, a gradient crosses all frozen
-        layers: that is the cost that a cache, which must freeze it, saves.
+    "partial": the last `layers` transformer layers (in large encoders also the LayerNorm after
+        them) and, as the paper's parameter counts say, the embedding, unless `freeze_embedding`. To
+        reach the embedding, a gradient crosses all frozen layers: that is the cost that a cache,
+        which must freeze it, saves.
     "lora": adapters on q and v of the last `layers` layers (None: all); all else is frozen.
     """
     transformer = model.encoder.encoder
@@ -350,11 +349,11 @@ def check_freeze(model, method, layers, depth, freeze_embedding):
     if method not in ("full", "partial", "lora"):
         raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
     if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
-        raise ValueError(f"{method}, {layers} layers: this encoder has 1 to {depth}, full all")
+        raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible, full takes all")
     if method == "full" and freeze_embedding:
-        raise ValueError("full trains the embedding, too: freeze it in partial")
+        raise ValueError("full trains the embedding, which a cache has frozen: take partial")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: freeze a new one")
+        raise ValueError("the model has adapters already: build a new model")
 
 
 def count_parameters(parameters):
@@ -380,9 +379,9 @@ IGNORED = {
     "return_dict": True,
 }
 # Keys of config.json that change what the same weights compute.
-HASHED = """model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
+HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
     feat_extract_activation do_stable_layer_norm max_bucket_distance attention_dropout
-    hidden_dropout activation_dropout feat_proj_dropout"""
+    hidden_dropout activation_dropout feat_proj_dropout""")
 
 
 def load_encoder(name):
@@ -390,7 +389,7 @@ def load_encoder(name):
     waveforms it takes: {"sample_rate": Hz, "normalise": bool}. These are keyword arguments of the
     model: EmotionModel(encoder, **audio).
 
-    ValueError where an encoder cannot be trained here, OSError where none loads, each of one line.
+    ValueError of one line where none loads, or it cannot be trained here.
     """
     config = read_config(name)
     encoder, report = from_pretrained(
@@ -417,13 +416,10 @@ def read_config(name):
     """The configuration of an encoder that can be trained here. ValueError for any other."""
     if Version(transformers.__version__) < Version("4.57"):
         raise ValueError("transformers is too old: pip install 'transformers>=4.57'")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not os.path.isdir(name):
-        raise ValueError(f"no folder '{name}': give the encoder's place by --model")
     config = from_pretrained(transformers.AutoConfig, name)
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
     if odd or config.model_type not in FAMILIES:
-        raise ValueError(f"'{name}': {[config.model_type, *odd]} is none of {FAMILIES}")
+        raise ValueError(f"'{name}' is {config.model_type} {odd}, and no plain one of {FAMILIES}")
     if find_adapter_config_file(name):
         raise ValueError(f"'{name}' holds adapter_config.json: merge its adapter, else it is lost")
     config.update(IGNORED)
@@ -431,19 +427,29 @@ def read_config(name):
 
 
 def from_pretrained(auto, name, **options):
-    """auto.from_pretrained, quietly, never running code of a folder. OSError of one line."""
+    """auto.from_pretrained, quietly, never running code of a folder. ValueError of one line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    place = name if os.path.isdir(name) else f"{name}, no folder here (give its place by --model),"
+    with blame(place):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # whatever a foreign or damaged folder makes of the reader
-        raise OSError(f"cannot load '{name}': {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def blame(path):
+    """Yield a path. What is raised meanwhile because the file is damaged, foreign or missing
+    becomes a ValueError of one line that names it."""
+    try:
+        yield path
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"'{path}' cannot be used: {reason}") from error
 
 
 def digest(encoder):
     """SHA-256 of all that an encoder computes with: its weights, and of its configuration what
-    HASHED names. By it a run and a cache know their encoder again."""
-    settings = [getattr(encoder.config, key, None) for key in HASHED.split()]
+    HASHED names. A run and a cache recognise their encoder by it."""
+    settings = [getattr(encoder.config, key, None) for key in HASHED]
     sha256 = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name != "masked_spec_embed":
@@ -484,8 +490,8 @@ def load_run(run, name=None):
     the greatest label of its corpus.
 
     best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now,
-    or where config.json says. OSError or ValueError, in one line that names the file, where either
-    is missing, damaged, or another than the run's.
+    or where config.json says. ValueError of one line that names the file, where either is missing,
+    damaged, or another than the run's.
     """
     with blame(Path(run, "config.json")) as path:
         name = name or str(json.loads(path.read_text())["model"])
@@ -499,19 +505,6 @@ def load_run(run, name=None):
         model = build(encoder, audio, saved["settings"])
         load_trained(model, saved["weights"])
     return model.eval()
-
-
-@contextlib.contextmanager
-def blame(path):
-    """Whatever is raised because a file is damaged or foreign becomes one line that names it."""
-    try:
-        yield path
-    except OSError:
-        raise  # It names its file itself.
-    except Exception as error:
-        raise ValueError(
-            f"'{path}' is damaged, or not of this version: {first_line(error)}"
-        ) from error
 
 
 # This is what Python, PyTorch on a GPU and on a CPU, cuBLAS and cuDNN say.
@@ -528,10 +521,6 @@ def explain_memory(advice):
         if not re.search(MEMORY_IS_FULL, repr(error)):
             raise
         raise MemoryError(f"out of memory: {advice}") from error
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---- command line ----
@@ -556,14 +545,12 @@ def predict(args):
         split = args.split or "Test1"
         scale = args.scale or model.scale
         with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
-            utterances = data.load_corpus(
-                args.data, [split], model.attributes, scale, args.skip_bad
-            )
+            utterances = data.load_corpus(args.data, [split], model.attributes, scale, True)
     else:
         utterances = data.find_audio(args.audio)
     failed = False
     with open_csv(args.csv, header) as writer:
-        # With rows on the terminal there is no bar. None: only where stderr is a terminal.
+        # No bar among rows on the terminal. With disable=None, tqdm has one if stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
@@ -607,7 +594,7 @@ def windows(seconds, length, hop):
 
 @contextlib.contextmanager
 def open_csv(path, header):
-    """A csv.writer on a file, or where there is no path on the terminal. What stands in the file's
+    """A csv.writer on a file or, without a path, on standard output. What stands in the file's
     place is replaced only if it has the same header: a recording or a label file is not lost."""
     start = ",".join(header) + "\n"
     if path and os.path.exists(path):
@@ -731,7 +718,6 @@ def main(argv=None):
     add("--data", help="predict for a split of this corpus, and write its labels beside")
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
-    add("--skip-bad", action="store_true", help="leave out what of --data has no usable labels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--model", help=where)
     add = commands.add_parser("export", help="write a Hugging Face folder").add_argument
@@ -746,8 +732,8 @@ def main(argv=None):
             args.hop = args.window
         if bool(args.audio) == bool(args.data):
             parser.error("predict takes audio, or --data")
-        if (args.split or args.scale or args.skip_bad) and not args.data:
-            parser.error("--split, --scale and --skip-bad need --data")
+        if (args.split or args.scale) and not args.data:
+            parser.error("--split and --scale need --data")
         if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0):
             parser.error("--hop must be at least .1, and at most --window")
     {"predict": predict, "export": export, "params": params}[args.command](args)

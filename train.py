@@ -1,6 +1,6 @@
 """Finetune a speech encoder to predict emotion: one run is one row and one seed of Table I.
 
-    python train.py --demo                                     # all, once, on synthetic speech
+    python train.py --demo                                     # every step, on synthetic speech
     python train.py --data MSP-Podcast --out runs/partial3     # last 3 layers, mixed precision
     python train.py --data MSP-Podcast --out runs/cached3 --cache cache/last-3    # from a cache
     python train.py --data MSP-Podcast --out runs/full --method full --precision fp32    # baseline
@@ -137,16 +137,14 @@ def predict_batch(model, chunks, args):
 
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
     the loss. Only the model runs chunk by chunk, and the predictions come back together. The
-    activations of all chunks are kept for the one backward pass. With `args.recompute`, what
-    `suffix` computes is dropped, and computed again in that pass, dropout alike: peak memory is
+    activations of all chunks are kept for the one backward pass. With `args.recompute`, those in
+    `suffix` are forgotten, and computed again in that pass, with the same dropout: peak memory is
     then one chunk's (section II-D).
     """
     predictions = []
     for inputs, lengths in chunks:
-        hidden = inputs.to(args.device, non_blocking=True)
-        frames = lengths
-        if not args.cached:
-            hidden, frames = model.prefix(hidden, lengths)
+        inputs = inputs.to(args.device, non_blocking=True)
+        hidden, frames = (inputs, lengths) if args.cached else model.prefix(inputs, lengths)
         if args.recompute:
             part = checkpoint(model.suffix, hidden, frames, use_reentrant=False)
         else:
@@ -182,17 +180,17 @@ def batches(dataset, args, epoch=None):
     of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
     Inside a batch, the shortest comes first.
 
-    Lengths are compared in frames, as a cached run knows no samples, then by index. Thus it sorts
-    as an uncached one, and an utterance gets the same dropout in both.
+    Utterances are sorted by their frames, then by index. A cached run knows no samples, and has to
+    sort as an uncached one does, so that an utterance gets the same dropout in both.
     """
 
-    def length(i):
+    def place(i):
         return dataset.frames[i], i  # make_datasets has added it; `lengths` may be in samples.
 
     if epoch is None:
         indices = list(range(len(dataset)))
         if args.padding == "exact":
-            indices.sort(key=length)  # No prediction changes, and less of a batch is padding.
+            indices.sort(key=place)  # No prediction changes, and less of a batch is padding.
         size = args.eval_batch_size
         least = 1
     else:
@@ -202,7 +200,7 @@ def batches(dataset, args, epoch=None):
         # A last batch is dropped if a process would have no utterance of it, or the CCC only one.
         least = max(2, PROCESSES)
     parts = [indices[k : k + size] for k in range(0, len(indices), size)]
-    return [sorted(part, key=length) for part in parts if len(part) >= least]
+    return [sorted(part, key=place) for part in parts if len(part) >= least]
 
 
 def load_chunks(dataset, args, process, processes, batch):
@@ -244,12 +242,10 @@ def gather(predictions, n):
     constants, and only its own have a gradient. So it has a part of the whole gradient, and
     `sum_gradients` adds the parts up.
     """
-    if PROCESSES == 1:
-        return predictions
     everyone = predictions.new_zeros(n, predictions.shape[1])
     everyone[RANK::PROCESSES] = predictions.detach()
     add_up(everyone)
-    # The sum over processes has no gradient, so here the own predictions come back with theirs.
+    # That sum carries no gradient, so this process's own predictions are put back, with theirs.
     everyone[RANK::PROCESSES] = predictions
     return everyone
 
@@ -264,7 +260,7 @@ def sum_gradients(optimizer):
 def add_up(*tensors):
     """Add each up over processes, in place."""
     if PROCESSES > 1:
-        with peers():
+        with explain_end():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
@@ -273,14 +269,14 @@ def exchange(value):
     """[value of every process]. All wait here for the slowest."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
-        with peers():
+        with explain_end():
             dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
-def peers():
-    """The error of a process that waits for another, which has ended, is one line."""
+def explain_end():
+    """If another process has ended, the error of waiting for it becomes one line."""
     try:
         yield
     except RuntimeError as error:
@@ -289,9 +285,10 @@ def peers():
 
 # ---- the run folder ----
 
-# What may differ between a run and its continuation: places, the machine, and what grows.
-MAY_DIFFER = str.split("""data model out workers skip_bad epochs fill_seconds
-    device device_memory_bytes versions""")
+# What may differ between a run and its continuation: places, the machine and its choices, what
+# happens to bad files (those that are left are compared), and the number of epochs.
+MAY_DIFFER = str.split("""data model out device device_memory_bytes versions precision_reason
+    workers skip_bad epochs fill_seconds""")
 # What rebuilds the best model: no place, version or number of epochs.
 SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
     method layers freeze_embedding rank alpha lora_dropout""")
@@ -300,8 +297,8 @@ SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
 def run(args):
     """One row and seed of Table I, from corpus to result.json.
 
-    An earlier run in --out is compared twice: at once with all that is known of this one, and with
-    all of it when the cache is full. If the earlier run is finished, the cache is not touched.
+    An earlier run in --out is compared with this one twice: before the cache is filled, in all but
+    the cache, and afterwards in that, too. If it is finished, the cache is not touched.
     """
     check_place(args)
     torch.manual_seed(args.seed)
@@ -316,7 +313,7 @@ def run(args):
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         check_resumable(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
-        if holds_epochs(args) and is_finished(args):
+        if is_finished(args):
             print(f"'{args.out}' is finished")
             return
         entries = None
@@ -332,7 +329,7 @@ def run(args):
         print(
             f"{encoder.config.model_type}, {config['total_parameters']:,} parameters,"
             f" {config['trainable_parameters']:,} of them trained, cut {model.cut};"
-            f" {args.precision} ({args.why}) on {config['device']};"
+            f" {args.precision} ({args.precision_reason}) on {config['device']};"
             f" utterances: {sizes}; {steps:,} steps an epoch",
             flush=True,
         )
@@ -344,14 +341,13 @@ def run(args):
             failure = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
             # Several processes may come here at once. Each has a file of its own, and one remains.
             write_json(args, f"result.json.{RANK}", config | failure)
-            Path(args.out, f"result.json.{RANK}").replace(Path(args.out, "result.json"))
+            (args.out / f"result.json.{RANK}").replace(args.out / "result.json")
             raise
 
 
 def describe_run(args, model, utterances):
     """What config.json says: all that makes this run, and where it runs. `utterances` are those
-    whose labels can be used. The last four values are of the audio or the cache: `run` sets them
-    when they are known."""
+    whose labels can be used. What is of the audio or the cache is None, until `run` knows it."""
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
         memory = torch.cuda.mem_get_info()[1]
@@ -372,7 +368,7 @@ def describe_run(args, model, utterances):
     }
     # args.cache is a place. In config.json stands what is in it, as "cut 10, float16".
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
-    del config["resume"], config["demo"], config["why"]
+    del config["resume"]
     return config
 
 
@@ -387,7 +383,7 @@ def fill_cache(args, model, utterances):
     to begin where the stored hidden states end."""
     with models.explain_memory("leave out the longest recordings"):
         cache.complete(args.cache, model, utterances, args)
-    exchange("filled")  # All processes wait here until the cache is full.
+    exchange("filled")  # All processes wait here until the cache is filled.
     entries, fingerprint, seconds = cache.read_entries(args.cache)
     utterances = [u for u in utterances if u.name in entries]
     contents = {
@@ -416,20 +412,20 @@ def make_datasets(args, model, utterances, entries):
 
 def check_place(args):
     """ValueError where this run would write over files in --out that no run has written."""
-    path = Path(args.out, "config.json")
-    # It is the first file of a run. That of an encoder, of the same name, has no seed.
+    path = args.out / "config.json"
+    # A run writes it first. An encoder has a config.json, too, but without a seed.
     if path.exists() and b'"seed"' in path.read_bytes():
         return
     names = ["config.json", "metrics.jsonl", "result.json", f"predictions-{args.splits[2]}.csv"]
-    foreign = [name for name in names if Path(args.out, name).exists()]
+    foreign = [name for name in names if (args.out / name).exists()]
     if foreign:
         raise ValueError(f"'{path}' is not of a run, and {foreign} would be lost: give a new --out")
 
 
 def holds_epochs(args):
-    """Whether a run in --out has saved an epoch. One of the two files is enough: that the other is
-    missing is an error where it is read."""
-    return any(Path(args.out, name).exists() for name in ("last.pt", "best.pt"))
+    """Whether a run in --out has saved an epoch: last.pt or best.pt. One is enough, as it is an
+    error, where the other is read, that it is missing."""
+    return any(args.out.glob("*.pt"))
 
 
 def check_resumable(args, config, ignored):
@@ -440,7 +436,7 @@ def check_resumable(args, config, ignored):
         return
     if not args.resume:
         raise ValueError(f"'{args.out}' holds a run; --resume continues it, or give another --out")
-    with models.blame(Path(args.out, "config.json")) as path:
+    with models.blame(args.out / "config.json") as path:
         saved = json.loads(path.read_text())
         keys = [key for key in config if key not in ignored and saved.get(key) != config[key]]
         if saved["epochs"] > args.epochs:
@@ -451,9 +447,10 @@ def check_resumable(args, config, ignored):
 
 
 def is_finished(args):
-    """Whether --out holds the result of as many epochs as are asked for."""
-    path = Path(args.out, "result.json")
-    if not path.exists():
+    """Whether --out holds the result of as many epochs as are asked for. If somebody deleted the
+    epochs, it is a result of nothing."""
+    path = args.out / "result.json"
+    if not (path.exists() and holds_epochs(args)):
         return False
     with models.blame(path):
         result = json.loads(path.read_text())
@@ -464,7 +461,7 @@ def read_last(args, model, optimizer, scaler):
     """Put all back as last.pt has it after the last finished epoch, if any -> history and best."""
     if not holds_epochs(args):
         return [], None
-    with models.blame(Path(args.out, "last.pt")) as path:
+    with models.blame(args.out / "last.pt") as path:
         last = torch.load(path, map_location="cpu", weights_only=True)
         # Only to see now that the best epoch's weights fit: the next line replaces them.
         models.load_trained(model, last["best"]["weights"])
@@ -486,7 +483,7 @@ def start_run(args, config, history):
     if set(exchange(mine)) != {mine}:
         raise ValueError("processes differ in arguments, corpus, cache, or the epoch to resume at")
     if RANK == 0:
-        Path(args.out, "result.json").unlink(missing_ok=True)  # of fewer epochs, or out of memory
+        (args.out / "result.json").unlink(missing_ok=True)  # of fewer epochs, or out of memory
         write_json(args, "config.json", config)
 
 
@@ -502,12 +499,11 @@ def save_epoch(args, config, history, best, model, optimizer, scaler):
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    settings = {key: config[key] for key in SETTINGS}
-    kept = {"settings": settings, "epoch": best["epoch"], "weights": best["weights"]}
+    kept = best | {"settings": {key: config[key] for key in SETTINGS}}
     for name, content in (("last.pt", last), ("best.pt", kept)):
-        with cache.atomic(Path(args.out, name)) as file:
+        with cache.atomic(args.out / name) as file:
             torch.save(content, file)
-    with cache.atomic(Path(args.out, "metrics.jsonl"), "w") as file:
+    with cache.atomic(args.out / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in history)
 
 
@@ -526,15 +522,15 @@ def write_result(args, config, history, best, scores):
 
 
 def write_json(args, name, content):
-    with cache.atomic(Path(args.out, name), "w") as file:
-        json.dump(content, file, indent=1)
+    with cache.atomic(args.out / name, "w") as file:
+        json.dump(content, file, indent=1, default=str)  # --out is a Path.
 
 
 def write_predictions(args, utterances, predictions):
     """FileName, predictions (Act, Val) and labels (EmoAct, EmoVal), all on the run's scale."""
     columns = [data.ATTRIBUTES[attribute] for attribute in args.attributes]
     low, high = args.scale
-    with cache.atomic(Path(args.out, f"predictions-{args.splits[2]}.csv"), "w") as file:
+    with cache.atomic(args.out / f"predictions-{args.splits[2]}.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["FileName", *columns, *(f"Emo{column}" for column in columns)])
         for u, units in zip(utterances, predictions.tolist(), strict=True):
@@ -571,7 +567,9 @@ def peak_memory(device):
 
 def demo(folder):
     """Arguments that train the last 3 layers of a tiny encoder from a cache, on synthetic speech.
-    Both are made first, if they are not there."""
+    Both are made first, if they are not there. ValueError in several processes."""
+    if PROCESSES > 1:
+        raise ValueError("--demo runs in one process")
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
@@ -586,49 +584,51 @@ POSITIVE = str.split("epochs batch_size eval_batch_size lr layers rank alpha chu
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Train one row and one seed of Table I.")
     add = parser.add_argument
+
+    def number(name, default, text):
+        add(name, type=type(default), default=default, help=f"{text} ({default})")
+
     add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
-    add("--seed", type=int, default=0, help="the paper runs five (section V); ours are 0 to 4")
+    number("--seed", 0, "the paper runs five (section V)")
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
-    text = "to train on, choose the epoch by, test on (section III)"
+    text = "to train on, choose the epoch by, test on (III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     text = "least and greatest label (1 7)"
-    add("--scale", nargs=2, type=float, default=[1.0, 7.0], metavar=("LOW", "HIGH"), help=text)
+    add("--scale", nargs=2, type=float, default=data.SCALE, metavar=("LOW", "HIGH"), help=text)
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
     names = "full", "partial", "lora"
     add("--method", choices=names, default="partial", help="all layers, last, adapters (partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
-    add("--rank", type=int, default=8, help="lora: rows of A (8)")
-    add("--alpha", type=float, default=16, help="lora: its output is scaled by alpha / rank (16)")
-    add("--lora-dropout", type=float, default=0.1, help="lora: dropout of its input (.1)")
-    add("--dropout", type=float, default=0.2, help="before the head (.2, IV-A)")
+    number("--rank", 8, "lora: rows of A")
+    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank")
+    number("--lora-dropout", 0.1, "lora: dropout of its input")
+    number("--dropout", 0.2, "before the head, IV-A")
     add = parser.add_argument_group("efficiency").add_argument
-    text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has units for it, else fp32"
+    text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
     add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
-    text = "utterances a pass, one loss over all; exact: less padding; --recompute: less memory"
+    text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     add("--chunk", type=int, help=text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
     add = parser.add_argument_group("training (section IV-D) and machine").add_argument
-    add("--epochs", type=int, default=5, help="passes over the training split (5)")
-    add("--batch-size", type=int, default=32, help="utterances in the loss, all processes (32)")
+    number("--epochs", 5, "passes over the training split")
+    number("--batch-size", 32, "utterances in the loss, of all processes together")
     add("--eval-batch-size", type=int, help="in paper padding it changes scores (--batch-size)")
-    add("--lr", type=float, default=1e-4, help="AdamW's learning rate, fixed (1e-4)")
+    number("--lr", 1e-4, "AdamW's learning rate, fixed")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--workers", type=int, default=2, help="threads that load data ahead of the model (2)")
+    number("--workers", 2, "threads that load data ahead of the model")
     args = parser.parse_args(argv)
     if args.demo:
-        if PROCESSES > 1:
-            parser.error("--demo runs in one process")
         return demo(args.out or "demo")
     check_options(parser.error, args)
     return resolve(args)
@@ -639,8 +639,6 @@ def check_options(error, args):
     combinations, then single values."""
     if not (args.data and args.out):
         error("--data and --out are required (or --demo)")
-    if args.method == "full" and (args.layers or args.freeze_embedding or args.cache):
-        error("--method full trains all layers: no --layers, --freeze-embedding or --cache")
     if args.freeze_embedding and (args.method == "lora" or args.cache):
         error("--freeze-embedding: lora and --cache freeze the embedding anyway")
     if args.method != "lora" and (args.rank, args.alpha, args.lora_dropout) != (8, 16, 0.1):
@@ -660,9 +658,10 @@ def check_options(error, args):
 def resolve(args):
     """Fill in what depends on other arguments or on the machine."""
     args.device = models.choose_device(args.device)
-    args.why = "as asked"
+    args.precision_reason = "as asked"
     if args.precision is None:
-        args.precision, args.why = choose_precision(args.device)
+        args.precision, args.precision_reason = choose_precision(args.device)
+    args.out = Path(args.out)
     args.cached = args.cache is not None
     args.freeze_embedding |= args.cached
     args.eval_batch_size = args.eval_batch_size or args.batch_size
@@ -675,13 +674,13 @@ def resolve(args):
 
 def choose_precision(device):
     """Mixed precision where it is faster, and the reason: fp16 on a GPU, as in the paper, and bf16
-    on a CPU that has units for it. Without them, bf16 takes 22 times as long as fp32."""
+    on a CPU that has instructions for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
         return "fp16", "as in the paper"
-    units = getattr(torch.cpu, "get_capabilities", dict)()
-    if units.get("avx512_bf16") or units.get("amx_bf16"):
-        return "bf16", "this CPU has units for it"
-    return "fp32", "this CPU has no units for bf16"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    if able.get("avx512_bf16") or able.get("amx_bf16"):
+        return "bf16", "this CPU has instructions for it"
+    return "fp32", "this CPU has no instructions for bf16"
 
 
 def main(argv=None):

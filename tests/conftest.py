@@ -148,7 +148,7 @@ def fill(corpus, encoder):
     """fill(folder, *options): cache.py on the tiny corpus."""
 
     def run(folder, *options):
-        arguments = ["--data", corpus, "--model", encoder, "--out", folder, "--workers", 1]
+        arguments = ["--data", corpus, "--model", encoder, "--out", folder]
         cache.main([str(argument) for argument in [*arguments, *options]])
 
     return run

@@ -381,18 +381,18 @@ def test_old_checkpoint_layout(tmp_path, capfd, caplog, monkeypatch):
 
 
 NO_ENCODER = [  # a file in an encoder's folder, what is changed in it, and what is said of that
-    ("config.json", {"model_type": "whisper"}, "whisper.* is none of"),
-    ("config.json", {"model_type": "bert"}, "bert.* is none of"),
-    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* is none of"),
-    ("config.json", {"add_adapter": True}, "add_adapter.* is none of"),
-    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, "norm'] is none of"),
-    ("config.json", {"hidden_size": "wide"}, "cannot load|damaged"),  # an error of several lines
-    ("config.json", "[1, 2]", "cannot load"),
+    ("config.json", {"model_type": "whisper"}, "whisper.* no plain one"),
+    ("config.json", {"model_type": "bert"}, "bert.* no plain one"),
+    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* no plain one"),
+    ("config.json", {"add_adapter": True}, "add_adapter.* no plain one"),
+    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, r"norm'\], and"),
+    ("config.json", {"hidden_size": "wide"}, "cannot be used"),  # an error of several lines
+    ("config.json", "[1, 2]", "cannot be used"),
     ("adapter_config.json", "{}", "adapter_config.json: merge"),
     (".", None, "no folder"),
 ]
-NOT_LOADED = [("config.json", {"conv_kernel": (11, 3, 3, 3, 3, 2, 2)}, "misshapen|cannot load")]
-NOT_LOADED += [("preprocessor_config.json", None, "cannot load")]
+NOT_LOADED = [("config.json", {"conv_kernel": (11, 3, 3, 3, 3, 2, 2)}, "misshapen|cannot be used")]
+NOT_LOADED += [("preprocessor_config.json", None, "cannot be used")]
 for rate in (None, [16000], 1e20, 0, "16000"):
     NOT_LOADED += [("preprocessor_config.json", {"sampling_rate": rate}, "lacks a sampling_rate")]
 
@@ -420,7 +420,7 @@ def test_refused(name, change, reason, encoder, tmp_path):
 def test_missing_weight_is_an_error(lacking, tmp_path):
     """A checkpoint that lacks one weight is refused, by transformers 4.57 itself at times."""
     write_old_layout(tmp_path, f"encoder.{lacking}")
-    with pytest.raises((ValueError, OSError), match="1 weights missing|cannot load"):
+    with pytest.raises(ValueError, match="1 weights missing|cannot be used"):
         models.load_encoder(str(tmp_path))
 
 
@@ -667,7 +667,7 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small, run)
     amend(run / "config.json", {"model": str(tmp_path / "first")})
-    with pytest.raises(ValueError, match="no folder .*first"):
+    with pytest.raises(ValueError, match="first, no folder here"):
         models.load_run(run)
     shutil.copytree(encoder, tmp_path / "second")
     assert models.load_run(run, str(tmp_path / "second")).scale == [1, 7]
@@ -677,7 +677,7 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
         with pytest.raises(ValueError, match="best.pt.* another method or number of layers"):
             models.load_run(run, encoder)
     torch.save([best], run / "best.pt")
-    with pytest.raises(ValueError, match="best.pt' is damaged"):
+    with pytest.raises(ValueError, match="best.pt' cannot be used"):
         models.load_run(run, encoder)
     torch.save(best, run / "best.pt")
     tiny_encoder(num_attention_heads=2).save_pretrained(tmp_path / "second")
@@ -754,7 +754,7 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
-    left out, and mapped where they are from 1 to 5; --skip-bad leaves out rows without usable ones.
+    left out, and mapped where they are from 1 to 5. Rows without usable ones are left out, in a line.
     ccc.py scores the file. --data with files, and its options without it, are refused."""
     expected = score(small, "--data", corpus, "--split", "Development")
     rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")
@@ -769,17 +769,14 @@ def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     lines.append("bad.wav,9,9,1,Test2")
     (tmp_path / "Labels/labels_consensus.csv").write_text("\n".join(lines))
     options = ["--data", tmp_path, "--split", "Test2", "--scale", 1, 5]
-    with pytest.raises(ValueError, match="1 unusable: .*bad.wav.* --skip-bad leaves them out"):
-        predict(small, *options)
-    options.append("--skip-bad")
     for row, other in zip(score(small, *options), expected, strict=True):
         assert row.pop("FileName") == other.pop("FileName") and row["Act"] == other["Act"]
         numbers = {key: float(value) for key, value in other.items()}
         assert {key: float(row[key]) for key in row} == pytest.approx(numbers, abs=1e-5)
-    capfd.readouterr()
+    assert "skipped: 1 unusable: " in capfd.readouterr().err
     ccc.main([str(tmp_path / "scores.csv")])
     assert capfd.readouterr().out.startswith("n 8  Act ")
-    alone = options[2:4], options[4:7], options[7:]
+    alone = options[2:4], options[4:]
     for wrong in ([corpus, *options], [], *([corpus, *line] for line in alone)):
         with pytest.raises(SystemExit):
             predict(small, *wrong)

@@ -38,7 +38,7 @@ WEIGHTS, PICKLED = "encoder/model.safetensors", "encoder/pytorch_model.bin"
 LAYER = "encoder.layers.3.attention.q_proj.weight"
 NOISE = 0.1 * np.random.default_rng(0).normal(size=61 * 16000)  # 61 s
 # the commands of this file; all paths are relative to the test's own folder
-FILL = "cache --data corpus --model encoder --workers 1 --layers 2 --out new"
+FILL = "cache --data corpus --model encoder --layers 2 --out new"
 TRAIN = f"train{FILL[5:]} --device cpu --batch-size 4 --precision fp32 --epochs 2 --seed 3"
 CACHED, RESUME = f"{TRAIN} --cache cache", f"{TRAIN} --out run --resume"
 REFILL, VERIFY = f"{FILL} --out cache", "cache --out cache --verify"
@@ -150,9 +150,13 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{PREDICT} --csv {CLIP}", "another kind of file"),
     (None, "model predict run --model encoder cache", "cache"),
     (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a name in two"),
-    (lambda: (replace(TYPE, CODE, CONFIG), write("encoder/evil.py", OPEN)), TRAIN, "cannot load "),
-    (lambda: (os.remove(WEIGHTS), torch.save(EVIL, PICKLED)), FILL, "cannot load "),
-    (lambda: torch.save(EVIL, "run/best.pt"), PREDICT, "'run/best.pt' is damaged"),
+    (
+        lambda: (replace(TYPE, CODE, CONFIG), write("encoder/evil.py", OPEN)),
+        TRAIN,
+        "cannot be used",
+    ),
+    (lambda: (os.remove(WEIGHTS), torch.save(EVIL, PICKLED)), FILL, "'encoder' cannot be used"),
+    (lambda: torch.save(EVIL, "run/best.pt"), PREDICT, "'run/best.pt' cannot be used"),
     (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"'{SHARD}' is damaged"),
     (weights, CACHED + LATE, "'cache' was made with {'encoder_sha256': "),
     (
@@ -163,7 +167,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --cache corpus{LATE}", "'corpus' is no cache"),
     (None, f"{TRAIN} --cache cache --layers 3{LATE}", "fill another with --layers 3"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
-    (None, f"{TRAIN} --model ./gone", "no folder './gone'"),
+    (None, f"{TRAIN} --model ./gone", "'./gone, no folder here"),
     (None, f"{TRAIN} --out encoder", "'encoder/config.json' is not of a run, and ['config.json']"),
     (None, f"{FILL} --splits train", "0 usable utterances in split 'train'"),
     (lambda: write("x.csv", OURS), f"{SPLIT} --split Tset2 --csv x.csv", "in split 'Tset2'"),
@@ -174,7 +178,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --scale 7 1", "scale"),
     (None, f"{TRAIN} --batch-size 1", "--batch-size"),
     (None, f"{TRAIN} --rank 4", "--method lora"),
-    (None, f"{TRAIN} --method full --cache cache", "--method full"),
+    (None, f"{TRAIN} --method full --cache cache --layers 4", "full trains the embedding, which a"),
     (None, "data --demo corpus", "corpus"),
 ]
 
@@ -256,7 +260,7 @@ def test_full_disk(refused, monkeypatch):
     file's name, nothing half written, and what the same command completes."""
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=999)))
-        refused(FILL + LATE, " GB free")
+        refused(FILL + LATE, "less free space")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for line, size, file in ((FILL, 1000, "shard-0-00000.pt"), (AGAIN, 20000, "last.pt")):
