@@ -255,7 +255,7 @@ def complete(folder, model, utterances, args, dtype=None):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = look(folder, model, wanted, dtype)
-        frames = sum(model.frames(u.samples) for u in missing)
+        frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > shutil.disk_usage(folder).free:

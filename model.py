@@ -125,7 +125,7 @@ class EmotionModel(nn.Module):
         on a GPU, one would have to wait for it. TypeError or ValueError for other shapes.
         """
         check_batch(wave, samples)
-        frames = [self.frames(n) for n in samples]
+        frames = [self.count_frames(n) for n in samples]
         if min(frames) < 1:
             raise ValueError(f"{min(samples)} samples are shorter than one frame")
         hidden = self.features(self.normalised(wave, samples), samples)
@@ -169,7 +169,7 @@ class EmotionModel(nn.Module):
         transformer.dropout.train(transformer.pos_conv_embed.training)
         return self
 
-    def frames(self, samples):
+    def count_frames(self, samples):
         """How many frames the CNN makes of a number of samples. With the usual kernels and strides,
         a frame is made of 400 samples (25 ms), and the next begins 320 (20 ms) later."""
         config = self.encoder.config

@@ -405,7 +405,7 @@ def make_datasets(args, model, utterances, entries):
             dataset.frames = dataset.lengths
         else:
             dataset = data.SpeechDataset(part, model.sample_rate)
-            dataset.frames = [model.frames(n) for n in dataset.lengths]
+            dataset.frames = [model.count_frames(n) for n in dataset.lengths]
         datasets[split] = dataset
     return datasets
 

@@ -185,8 +185,8 @@ def test_frames():
     model, reference = tiny_model("exact")
     for n in (400, 719, 720, 16000, 16079, 16080):
         made = reference.encoder.feature_extractor(torch.zeros(1, n)).shape[2]
-        assert reference.encoder._get_feat_extract_output_lengths(n) == made == model.frames(n)
-    assert (model.frames(399), model.frames(400), data.MIN_SAMPLES) == (0, 1, 400)
+        assert reference.encoder._get_feat_extract_output_lengths(n) == made == model.count_frames(n)
+    assert (model.count_frames(399), model.count_frames(400), data.MIN_SAMPLES) == (0, 1, 400)
 
 
 @torch.no_grad()
@@ -327,7 +327,7 @@ def test_predictions_are_not_rounded():
     with torch.autocast("cpu", torch.bfloat16):
         found = model(wave, samples)
     for hidden, n, row in zip(states[0].double(), samples, found, strict=True):
-        expected = reference.head.double()(hidden[: model.frames(n)].mean(0))
+        expected = reference.head.double()(hidden[: model.count_frames(n)].mean(0))
         assert relative(row.double(), expected) < 1e-5
     assert found.dtype == torch.float32 and not torch.equal(found.bfloat16().float(), found)
 
