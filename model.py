@@ -379,9 +379,9 @@ IGNORED = {
     "return_dict": True,
 }
 # Keys of config.json that change what the same weights compute.
-HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act conv_stride feat_extract_norm
-    feat_extract_activation do_stable_layer_norm max_bucket_distance attention_dropout
-    hidden_dropout activation_dropout feat_proj_dropout""")
+HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act conv_stride
+    feat_extract_norm feat_extract_activation do_stable_layer_norm max_bucket_distance
+    attention_dropout hidden_dropout activation_dropout feat_proj_dropout""")
 
 
 def load_encoder(name):
@@ -550,7 +550,7 @@ def predict(args):
         utterances = data.find_audio(args.audio)
     failed = False
     with open_csv(args.csv, header) as writer:
-        # No bar among rows on the terminal. With disable=None, tqdm has one if stderr is a terminal.
+        # No bar among rows on the terminal. With disable=None, there is one if stderr is a terminal.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, predictions in predict_file(model, u.path, args.window, args.hop):

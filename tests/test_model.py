@@ -181,11 +181,12 @@ def test_paper_chunks_are_padded_to_the_batch(family):
 
 @torch.no_grad()
 def test_frames():
-    """frames() is Hugging Face's count and what the CNN makes; 400 samples are the shortest."""
+    """count_frames is Hugging Face's count and what the CNN makes; 400 samples are the shortest."""
     model, reference = tiny_model("exact")
     for n in (400, 719, 720, 16000, 16079, 16080):
         made = reference.encoder.feature_extractor(torch.zeros(1, n)).shape[2]
-        assert reference.encoder._get_feat_extract_output_lengths(n) == made == model.count_frames(n)
+        theirs = reference.encoder._get_feat_extract_output_lengths(n)
+        assert theirs == made == model.count_frames(n)
     assert (model.count_frames(399), model.count_frames(400), data.MIN_SAMPLES) == (0, 1, 400)
 
 
@@ -754,7 +755,7 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
-    left out, and mapped where they are from 1 to 5. Rows without usable ones are left out, in a line.
+    left out, and mapped where they are from 1 to 5. A line says which rows have no usable ones.
     ccc.py scores the file. --data with files, and its options without it, are refused."""
     expected = score(small, "--data", corpus, "--split", "Development")
     rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")

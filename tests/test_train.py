@@ -316,7 +316,7 @@ def test_best_epoch(launch, tmp_path, monkeypatch):
 
 @pytest.fixture
 def other_corpus(corpus, tmp_path):
-    """other_corpus(change) -> a copy of the corpus whose rows {column: cell} went through change."""
+    """other_corpus(change) -> a copy of the corpus whose rows {column: cell} went through it."""
 
     def make(change):
         root = tmp_path / "other"
