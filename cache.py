@@ -8,7 +8,7 @@ it was made from, whose hidden states it holds, how many frames of each, and a c
 There is no index that could disagree with them. All above the line `# ---- command line ----`
 needs no other file of this project: copy it.
 
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # as train.py does, too
+    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # train.py --cache does it, too
     python cache.py --out cache/last-3 --verify                         # read all of it back
 
 In comments: S samples, T frames, D width, A attributes.
@@ -67,7 +67,7 @@ def fill(folder, fingerprint, items, process=0):
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
-    for hidden states that are not finite in that dtype. The greatest float16 is 65,504.
+    for hidden states without a frame, or not finite in that dtype. The greatest float16 is 65,504.
     """
     os.makedirs(folder, exist_ok=True)
     dtype = DTYPES[fingerprint["dtype"]]
@@ -77,8 +77,9 @@ def fill(folder, fingerprint, items, process=0):
     for name, hidden, audio_crc in items:
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
-        if not hidden.sum(dtype=torch.float32).isfinite():  # faster than isfinite().all()
-            raise ValueError(f"'{name}': NaN, or beyond the range of {dtype} (--dtype float32)")
+        total = hidden.sum(dtype=torch.float32)  # faster than isfinite().all()
+        if not (len(hidden) and total.isfinite()):
+            raise ValueError(f"'{name}': empty, NaN, or too great for {dtype} (--dtype float32)")
         pending.append((name, hidden, audio_crc))
         size += hidden.nbytes
         if size >= SHARD_BYTES:
@@ -92,8 +93,8 @@ def fill(folder, fingerprint, items, process=0):
 
 def write_shard(folder, fingerprint, items, process, began):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `began` is the time at which work on the first of them began: where a
-    generator computes them, that counts."""
+    known about them. `began` is when work on the first of them began, so that `seconds` include a
+    generator's."""
     names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
@@ -131,7 +132,7 @@ def open_shard(path):
             raise ValueError("its lists are not of what it holds")
     except OSError:
         raise  # It names its file itself.
-    except Exception as error:  # whatever a damaged or hostile file makes of the reader
+    except Exception as error:  # whatever reading a damaged or hostile file raises
         raise ValueError(f"'{path}' is damaged: delete it, and fill again") from error
     return shard
 
@@ -231,9 +232,9 @@ def lock(folder, name=".lock", wait=False):
 # ---- command line ----
 
 
-def complete(folder, model, utterances, args, dtype=None):
-    """Fill this process's share of what a cache lacks of some utterances, and set the model's cut
-    to the cache's. ValueError where the folder is no cache, or none to train the model from.
+def fill_missing(folder, model, utterances, args, dtype=None):
+    """Fill this process's share of those of `utterances` that a cache lacks, and set the model's
+    cut to the cache's. ValueError where the folder is no cache, or none to train the model from.
 
     args : skip_bad, workers and device, of cache.py or train.py
     dtype : of a new cache, a key of DTYPES (None: float16)
@@ -246,7 +247,8 @@ def complete(folder, model, utterances, args, dtype=None):
     process, processes = process_numbers()
     # A share is by position in the corpus, and not in what is missing now. Thus processes that look
     # at different moments leave no gap between them.
-    _, missing = look(folder, model, utterances[process::processes], dtype)
+    fingerprint, missing = look(folder, model, utterances[process::processes], dtype)
+    model.cut = fingerprint["cut"]
     rate = model.sample_rate
     wanted = data.usable(missing, rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
@@ -255,6 +257,7 @@ def complete(folder, model, utterances, args, dtype=None):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = look(folder, model, wanted, dtype)
+        model.cut = fingerprint["cut"]
         frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
@@ -266,36 +269,35 @@ def complete(folder, model, utterances, args, dtype=None):
 
 
 def look(folder, model, utterances, dtype):
-    """Compare a folder with a model, and set the model's cut to the folder's -> the fingerprint of
-    what would be filled into it now, and which of some utterances it lacks.
+    """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
+    those of `utterances` that it lacks.
 
-    A folder with shards keeps its own cut. A new one gets the model's. Where `dtype` is None, it is
-    that of the shards, or float16. ValueError where it is another than theirs.
+    A folder with shards keeps its cut and dtype. A new one gets the model's cut, and `dtype` or, if
+    that is None, float16. ValueError where the shards differ from the model or from `dtype`.
     """
-    entries, found, _ = read_entries(folder)
+    entries, stored, _ = read_entries(folder)
     names = [path.name for path in Path(folder).glob("*")]
     foreign = [name for name in names if not name.startswith((".lock", "shard-"))]
-    if foreign and not found:
+    if foreign and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
-    kept = found or {"cut": model.cut, "dtype": "float16"}
+    own = stored or {"cut": model.cut, "dtype": "float16"}
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
     # after it: stages that are to be trained would be in the cache.
-    cut = kept.get("cut")
+    cut = own.get("cut")
     if cut not in range(1, model.cut + 1):
         layers = len(model.encoder.encoder.layers) + 1 - model.cut
-        raise ValueError(f"'{folder}' is for fewer layers: fill another with --layers {layers}")
+        raise ValueError(f"'{folder}' has cut {cut}: fill another folder with --layers {layers}")
     fingerprint = {
         "encoder_sha256": model.encoder_sha256,
         "cut": cut,
-        "dtype": dtype or kept["dtype"],
+        "dtype": dtype or own["dtype"],
         "sample_rate": model.sample_rate,
         "normalise": model.normalise,
         "prefix_version": model.PREFIX_VERSION,
     }
-    if found and found != fingerprint:
-        other = {k: found.get(k) for k in fingerprint if found.get(k) != fingerprint[k]}
+    if stored and stored != fingerprint:
+        other = {k: stored.get(k) for k in fingerprint if stored.get(k) != fingerprint[k]}
         raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
-    model.cut = cut
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 
@@ -379,7 +381,7 @@ def main(argv=None):
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
     utterances = data.load_corpus(args.data, args.splits, attributes=())
     with models.explain_memory("leave out the longest recordings"):
-        complete(args.out, model, utterances, args, args.dtype)
+        fill_missing(args.out, model, utterances, args, args.dtype)
     entries, _, seconds = read_entries(args.out)
     print(f"'{args.out}': {len(entries):,} utterances, filled in {seconds:.0f} s")
 

@@ -10,6 +10,7 @@ In comments: B batch, N utterances, A attributes.
 
 import argparse
 import csv
+import sys
 
 import torch
 
@@ -58,21 +59,28 @@ def read_csv(path):
     """{FileName: row} of a CSV file."""
     # With surrogateescape, the name of a file may be any bytes.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file, skipinitialspace=True)
+        rows = list(reader)
     table = {row.get("FileName"): row for row in rows}
     # A name in two rows makes the table shorter than the rows. Without a column FileName, every
     # name is None.
     if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
+    for row in rows:
+        # A column that is there twice, and cells beyond the last column, change the number of keys.
+        if len(row) != len(reader.fieldnames) or None in row.values():
+            raise ValueError(
+                f"'{path}': a column twice, or too few or too many cells: {row!s:.200}"
+            )
     return table
 
 
 def print_scores(path, labels=None):
     """Print the number of utterances and each CCC of a predictions file: FileName and any of Act,
-    Val, Dom. Labels are EmoAct, EmoVal, EmoDom on the same scale, there or in the file `labels`.
+    Val, Dom. Labels (EmoAct, EmoVal, EmoDom, on the same scale) are in that file, or in `labels`.
     """
     pred = read_csv(path)
-    target = read_csv(labels or path)
+    target = read_csv(labels) if labels else pred
     first_row = next(iter(pred.values()))
     columns = [column for column in ("Act", "Val", "Dom") if column in first_row]
     pairs = []
@@ -102,18 +110,19 @@ def main(argv=None):
     print_scores(args.predictions, args.labels)
 
 
-def shell(main):
-    """Start the main of any of the six scripts: bad input becomes one line and exit status 2,
+def shell(command):
+    """Run the main of any of the six scripts: bad input becomes one line and exit status 2,
     Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file
     imports none of the others.
 
     Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show a dagger.
     leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
     try:
         try:
-            main()
+            command()
         except (ValueError, OSError, MemoryError, csv.Error) as error:
             leave(2, f"error: {error}\n")
     except KeyboardInterrupt:

@@ -122,7 +122,7 @@ LABEL_FILES = str.split("""Labels/labels_consensus.csv labels/labels_consensus.c
 AUDIO_FOLDERS = str.split("Audios Audio audios audio")
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
-NUMBER = re.compile(r"-?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE]-[0-9]+)?")
+NUMBER = re.compile(r"[-+]?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 
 
 def find(root, names):
@@ -150,11 +150,13 @@ def read_table(path, columns):
             rows = [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeError) as error:
         raise ValueError(f"{path}: {error}; save it as CSV in UTF-8") from error
-    missing = [column for column in columns if column not in header]
+    missing = [column for column in columns if header.count(column) != 1]
     if missing:
         # A file whose cells are separated by semicolons or tabs has one long column.
         hint = {0: "it is empty", 1: "separate its cells by commas"}.get(len(header), "add it")
-        raise ValueError(f"{path}: no column {', '.join(missing)} in {header[:20]}; {hint}")
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}, or two, in {header[:20]}; {hint}"
+        )
     return rows
 
 
@@ -177,7 +179,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
         if None in row or None in row.values():  # DictReader's sign of too many, or too few
             kind = "too few or too many cells"
         elif split not in SPLITS:
-            kind = "unknown split"
+            kind = f"unknown split, not of {SPLITS}"
         elif name in names:
             kind = "repeated name"
         elif "/" in name:  # ../other.wav
@@ -209,14 +211,14 @@ def check_audio(utterances, sample_rate=16000):
         except (FileNotFoundError, IsADirectoryError):
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
-            where = f"{u.name!r}: no such file; alike: {files.get(simplify(u.name))!a}"
+            where = f"{u.name!r}: no such file, or a link to none; alike: {files.get(simplify(u.name))!a}"
             problems.append(Problem("missing audio", where, u.split))
     return good, problems
 
 
 def simplify(name):
-    """The same text for names that differ only in case or Unicode form."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """The same text for names that differ only in suffix, case or Unicode form."""
+    return unicodedata.normalize("NFC", Path(name).stem).casefold()
 
 
 def list_files(folder):
@@ -333,7 +335,7 @@ CLAIM = re.compile(
     r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)"
 )
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
-TRUNCATED = "truncated; fetch it again"
+TRUNCATED = f"truncated; fetch it again, or if it plays to its end, {REWRITE}"
 UNCOUNTED = "no sound, or more than its header counts; `ffmpeg -ignore_length 1 -i OLD NEW.wav`"
 
 
@@ -346,6 +348,8 @@ def open_sound(source, sample_rate, limited):
     # library then reads from the number of the open file.
     with open(source, "rb", buffering=0) if is_path else nullcontext(source) as file:
         try:
+            if not file.seekable():
+                raise ValueError("a pipe; save it as a file first")
             with soundfile.SoundFile(file.fileno() if is_path else file, closefd=False) as sound:
                 judge_header(sound, sample_rate, limited)
                 yield sound, file
@@ -391,7 +395,11 @@ def read_blocks(sound, file, start=0.0, stop=None):
     rate = sound.samplerate
     first = round(start * rate)
     last = sound.frames if stop is None else min(round(stop * rate), sound.frames)
-    if first:  # GSM cannot seek, but can be read from its beginning.
+    if not 0 <= first < last:
+        raise ValueError(f"it has no sound from {start} to {stop} s; give other times")
+    if first and not sound.seekable():  # GSM, for example
+        raise ValueError(f"its codec cannot be read in pieces; {REWRITE}")
+    if first:
         sound.seek(first)
     samples = 0
     for place in range(first, last, MAX_SECONDS * rate):
@@ -405,13 +413,15 @@ def read_blocks(sound, file, start=0.0, stop=None):
     tolerance = 0.1 * rate + 0.01 * samples
     if sound.frames - samples > tolerance:
         raise ValueError(TRUNCATED)
-    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate:
-    # sound is left after the end. A tag, of title and artist, is no sound.
+    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate, and
+    # two FLACs may have been joined: sound is left after the end. A tag, of title and artist, is no
+    # sound.
     decoded = file.tell()  # bytes
     rest = file.read()
     tagged = rest.startswith((b"TAG", b"APETAGEX"))
-    if sound.format == "MP3" and not tagged and len(rest) * samples > tolerance * decoded:
-        raise ValueError(f"its length is only estimated, and too short; {REWRITE}")
+    longer = len(rest) * samples > tolerance * decoded
+    if longer and not tagged and sound.format in ("MP3", "FLAC"):
+        raise ValueError(f"its length is only estimated, or wrong: there is more; {REWRITE}")
 
 
 def measure(path, sample_rate=16000, limited=True):
@@ -536,14 +546,14 @@ def print_splits(utterances, low, high):
         if not part:
             continue
         hours = sum(u.samples for u in part) / 16000 / 3600
-        speakers = len({u.speaker for u in part} - {"Unknown"})
+        speakers = len({u.speaker for u in part} - {"Unknown", ""})
         line = f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h"
         labels = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
         for attribute, column in zip(PAPER, labels.T, strict=True):
             line += f"  {attribute} {column.min():g} to {column.max():g}"
         print(line)
         greatest = np.nanmax(labels, initial=greatest)  # Labels that are withheld are NaN.
-    if low < greatest <= high - 2:
+    if low < greatest <= low + 0.75 * (high - low):
         scale = f"--scale {low:g} {math.ceil(greatest)}"
         print(f"note: no label above {greatest:g}; is that the scale? {scale}")
 
@@ -560,7 +570,11 @@ def main(argv=None):
         return
     utterances, bad_rows = read_corpus(args.root, scale=args.scale)
     good, bad_files = check_audio(utterances)
-    problems = bad_rows + bad_files
+    splits = {u.split for u in good}
+    empty = [
+        Problem("no utterance", "is needed", split) for split in SPLITS[:3] if split not in splits
+    ]
+    problems = bad_rows + bad_files + empty
     print_splits(good, *args.scale)
     listened = progress(good, "listening")
     constant = [repr(u.name) for u in listened if is_constant(load_audio(u.path))]

@@ -66,10 +66,10 @@ class EmotionModel(nn.Module):
     load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`.
     The model normalises waveforms itself, in `prefix`.
 
-    SpecAugment and layer drop never run, whatever config.json says. That is our choice: no cache
-    could have them, and the rows of Table I are to differ only in what they train. They are in
-    Hugging Face's forward, and `run_stages` calls the layers without it. Its checkpointing is
-    switched off, too, as train.py has its own.
+    SpecAugment and layer drop never run, whatever the encoder's config.json says: both are in
+    Hugging Face's forward, and `run_stages` calls the layers without it. That is our choice: no
+    cache could have them, and the rows of Table I are to differ only in what they train. Hugging
+    Face's checkpointing is switched off, too, as train.py has its own.
     """
 
     # Add 1 whenever what `prefix` computes changes: older caches are then refused.
@@ -93,7 +93,7 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        # For a run, `build` sets its least and greatest label, and the digest of its encoder.
+        # `build` sets both: (low, high), the ends of the labels' scale, and the encoder's digest.
         self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
@@ -106,7 +106,7 @@ class EmotionModel(nn.Module):
             layer.gradient_checkpointing = False
             if self.is_wavlm:
                 # WavLM's own attention does not call q_proj and v_proj. It reads their weights,
-                # and a LoRALinear in their place would not take part.
+                # which a LoRALinear in their place does not have.
                 attend = MethodType(wavlm_attention, layer.attention)
                 layer.attention.torch_multi_head_self_attention = attend
         if not self.is_wavlm:
@@ -209,10 +209,10 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Its two LayerNorms take float32, also under autocast. `run_stages` casts the input of the
-        first, which is in the projection, and the .float() below casts the input of the second. On
-        a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in bfloat16,
-        which is up to 46 % off.
+        Its LayerNorms take float32, also under autocast: that in the projection, because
+        `run_stages` casts its input, and the other by the .float() below. On a CPU, a LayerNorm
+        over bfloat16 adds up its weight's gradient over all frames in bfloat16, which is up to 46 %
+        off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -227,7 +227,7 @@ class EmotionModel(nn.Module):
 
     def run_stages(self, hidden, mask, stages):
         """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
-        hidden = hidden.float()  # A cache may be in float16. For stage 0, see embed.
+        hidden = hidden.float()  # Half from a float16 cache, or from the CNN under autocast.
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.
         if mask is not None:
@@ -247,8 +247,8 @@ class EmotionModel(nn.Module):
 
 
 def check_batch(inputs, lengths):
-    """TypeError or ValueError unless inputs are a tensor, and lengths B ints within its axis 1: a
-    NumPy array or an attention mask would be misread in silence."""
+    """TypeError or ValueError unless inputs are a tensor (B, n, ...), and lengths B ints from 1 to
+    n: a NumPy array or an attention mask would be misread in silence."""
     if not torch.is_tensor(inputs) or not all(type(n) is int for n in lengths):
         raise TypeError("a tensor (B, ...) and its true lengths, B ints, are needed")
     if len(lengths) != len(inputs) or not all(0 < n <= inputs.shape[1] for n in lengths):
@@ -351,7 +351,7 @@ def check_freeze(model, method, layers, depth, freeze_embedding):
     if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
         raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible, full takes all")
     if method == "full" and freeze_embedding:
-        raise ValueError("full trains the embedding, which a cache has frozen: take partial")
+        raise ValueError("full trains the embedding: to freeze it, as a cache does, take partial")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: build a new model")
 
@@ -368,9 +368,9 @@ def trainable(model):
 
 # ---- load an encoder ----
 
-# What a config.json may say of training and of the form of outputs. None of it changes what the
-# weights compute, and each key is set to this value: the code here expects it.
-IGNORED = {
+# Keys of an encoder's config.json about training and outputs, with the values that the code here
+# needs: they replace the checkpoint's. None changes what the weights compute.
+OVERRIDES = {
     "gradient_checkpointing": False,
     "layerdrop": 0.0,
     "apply_spec_augment": False,
@@ -378,7 +378,7 @@ IGNORED = {
     "output_hidden_states": False,
     "return_dict": True,
 }
-# Keys of config.json that change what the same weights compute.
+# Keys of an encoder's config.json that change what the same weights compute.
 HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act conv_stride
     feat_extract_norm feat_extract_activation do_stable_layer_norm max_bucket_distance
     attention_dropout hidden_dropout activation_dropout feat_proj_dropout""")
@@ -397,7 +397,7 @@ def load_encoder(name):
         name,
         config=config,
         dtype=torch.float32,
-        attn_implementation="eager",  # All families have it. EmotionModel chooses another.
+        attn_implementation="eager",  # All families have it. EmotionModel sets another, or replaces it.
         ignore_mismatched_sizes=True,  # They are refused below, by the same line as missing ones.
         output_loading_info=True,
     )
@@ -419,10 +419,11 @@ def read_config(name):
     config = from_pretrained(transformers.AutoConfig, name)
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
     if odd or config.model_type not in FAMILIES:
-        raise ValueError(f"'{name}' is {config.model_type} {odd}, and no plain one of {FAMILIES}")
+        reason = odd or config.model_type
+        raise ValueError(f"'{name}': {reason}; only plain ones of {FAMILIES} can be trained")
     if find_adapter_config_file(name):
         raise ValueError(f"'{name}' holds adapter_config.json: merge its adapter, else it is lost")
-    config.update(IGNORED)
+    config.update(OVERRIDES)
     return config
 
 
@@ -430,20 +431,20 @@ def from_pretrained(auto, name, **options):
     """auto.from_pretrained, quietly, never running code of a folder. ValueError of one line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    place = name if os.path.isdir(name) else f"{name}, no folder here (give its place by --model),"
-    with blame(place):
+    there = os.path.isdir(name)
+    with blame(name if there else f"{name} (no folder here: give its place by --model)"):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
 def blame(path):
-    """Yield a path. What is raised meanwhile because the file is damaged, foreign or missing
-    becomes a ValueError of one line that names it."""
+    """Yield a path. Any exception meanwhile becomes a ValueError of one line that names it: most
+    likely the file is damaged, foreign or missing."""
     try:
         yield path
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"'{path}' cannot be used: {reason}") from error
+        reason = re.split("\n|[.] ", f"{type(error).__name__}: {error}")[0]
+        raise ValueError(f"'{path}' cannot be used, make or fetch it again: {reason}") from error
 
 
 def digest(encoder):
@@ -486,12 +487,12 @@ def build(encoder, audio, settings):
 
 
 def load_run(run, name=None):
-    """Load a run's best epoch -> EmotionModel in eval mode, float32, with `scale`, the least and
-    the greatest label of its corpus.
+    """Load a run's best epoch -> EmotionModel in eval mode, float32, with `scale`: (low, high), the
+    ends of its labels' scale.
 
     best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now,
-    or where config.json says. ValueError of one line that names the file, where either is missing,
-    damaged, or another than the run's.
+    or where the run's config.json says. ValueError of one line that names the file, where either is
+    missing, damaged, or another than the run's.
     """
     with blame(Path(run, "config.json")) as path:
         name = name or str(json.loads(path.read_text())["model"])
@@ -545,7 +546,9 @@ def predict(args):
         split = args.split or "Test1"
         scale = args.scale or model.scale
         with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
-            utterances = data.load_corpus(args.data, [split], model.attributes, scale, True)
+            utterances = data.load_corpus(
+                args.data, [split], model.attributes, scale, skip_bad=True
+            )
     else:
         utterances = data.find_audio(args.audio)
     failed = False
@@ -554,7 +557,7 @@ def predict(args):
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
-                    # Both are on 0 to 1, and only a corpus has labels.
+                    # Predictions and labels are on 0 to 1. Without a corpus there are no labels.
                     units = [*predictions, *u.labels]
                     values = [*bounds, *(low + (high - low) * unit for unit in units)]
                     writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
@@ -597,10 +600,10 @@ def open_csv(path, header):
     """A csv.writer on a file or, without a path, on standard output. What stands in the file's
     place is replaced only if it has the same header: a recording or a label file is not lost."""
     start = ",".join(header) + "\n"
-    if path and os.path.exists(path):
-        old = Path(path).read_text(errors="replace")
-        if not old.startswith(start):
-            raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
+    if path and os.path.isfile(path):  # and no pipe or device, which nothing can be lost from
+        with open(path, errors="replace") as old:
+            if old.readline(len(start)) != start:
+                raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
     # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
     # once, so that one sees it before the next file's is computed.
     options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
@@ -661,6 +664,7 @@ def describe(args, model, masked):
 {facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {facts["test"]}.
 A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
 {"Files may be scored in batches." if masked else "Score each file alone: padding changes scores."}
+To open files, the pipeline needs ffmpeg.
 
 ```python
 from transformers import pipeline
@@ -673,8 +677,7 @@ print(score("clip.wav", function_to_apply="none", top_k=None))
 def params(args):
     """Print trainable parameters of every row of Table I, from shapes alone."""
     config = read_config(args.model) if args.model else transformers.Wav2Vec2Config()
-    name = args.model or "wav2vec2-base"
-    with blame(name), torch.device("meta"):  # Tensors there have a shape, and no memory.
+    with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
     total = count_parameters(model.encoder.parameters())
     counts = range(min(3, len(model.encoder.encoder.layers)), 0, -1)
@@ -709,9 +712,9 @@ def main(argv=None):
     text = "for files, each alone, on the run's scale"
     add = commands.add_parser("predict", help=text).add_argument
     add("run", help="a run folder of train.py")
-    # With nargs "*", argparse would take no file at all where an option stands before the files.
+    # Not nargs "*": with it, argparse takes no file where an option stands before the files.
     files = add("audio", nargs="+", help="audio files, and folders of them")
-    files.required = False
+    files.required = False  # --data may stand instead.
     add("--csv", help="write here instead of the terminal")
     add("--window", type=float, metavar="S", help="predict for pieces of so many seconds")
     add("--hop", type=float, metavar="S", help="from one piece's start to the next's (--window)")
@@ -734,7 +737,7 @@ def main(argv=None):
             parser.error("predict takes audio, or --data")
         if (args.split or args.scale) and not args.data:
             parser.error("--split and --scale need --data")
-        if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0):
+        if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0) < math.inf:
             parser.error("--hop must be at least .1, and at most --window")
     {"predict": predict, "export": export, "params": params}[args.command](args)
 

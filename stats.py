@@ -263,7 +263,7 @@ def memory_table(rows, sizes):
         line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
         for size in sizes:
             fits = "✓" if peak else "?"
-            line[f"{size:g} GB"] = "✗" if size < peak or size <= row["failed_gb"] else fits
+            line[f"{size} GB"] = "✗" if size < peak or size <= row["failed_gb"] else fits
         table.append(line)
     return table
 
@@ -325,7 +325,7 @@ def main(argv=None):
     add("runs", nargs="+", help="folders searched for runs, two folders deep")
     add("--format", choices=("text", "csv"), default="text", help="how tables print (text)")
     add("--plot", metavar="FILE.png", help="also plot CCC against training time (matplotlib)")
-    add("--memory", nargs="+", type=float, metavar="GB", help="Table II for these cards (V-E)")
+    add("--memory", nargs="+", type=int, metavar="GB", help="Table II for these cards (V-E)")
     add("--verbose", action="store_true", help="every p value and its 95 %% interval (section V)")
     args = parser.parse_args(argv)
     folders = {folder for top in args.runs for folder in find_runs(top)}

@@ -138,8 +138,8 @@ def predict_batch(model, chunks, args):
     The CCC of a batch is no sum over its utterances (see ccc.ccc_loss), so a batch is not split for
     the loss. Only the model runs chunk by chunk, and the predictions come back together. The
     activations of all chunks are kept for the one backward pass. With `args.recompute`, those in
-    `suffix` are forgotten, and computed again in that pass, with the same dropout: peak memory is
-    then one chunk's (section II-D).
+    `suffix` are forgotten, and computed again in that pass, with the same dropout: of them, only
+    one chunk's are in memory at a time (section II-D).
     """
     predictions = []
     for inputs, lengths in chunks:
@@ -163,7 +163,7 @@ def evaluate(model, dataset, args):
     model.eval()
     predictions = torch.zeros_like(dataset.targets, device=args.device)
     wanted = batches(dataset, args)[RANK::PROCESSES]
-    load = partial(load_chunks, dataset, args, 0, 1)
+    load = partial(load_chunks, dataset, args, 0, 1)  # Whole batches: as process 0 of 1.
     for batch, chunks in data.read_ahead(load, wanted, args.workers, "evaluation"):
         with autocast(args):
             predictions[batch] = predict_batch(model, chunks, args)
@@ -184,13 +184,13 @@ def batches(dataset, args, epoch=None):
     sort as an uncached one does, so that an utterance gets the same dropout in both.
     """
 
-    def place(i):
-        return dataset.frames[i], i  # make_datasets has added it; `lengths` may be in samples.
+    def by_frames(i):
+        return dataset.frames[i], i  # make_datasets adds `frames`; `lengths` may be in samples.
 
     if epoch is None:
         indices = list(range(len(dataset)))
         if args.padding == "exact":
-            indices.sort(key=place)  # No prediction changes, and less of a batch is padding.
+            indices.sort(key=by_frames)  # No prediction changes, and less of a batch is padding.
         size = args.eval_batch_size
         least = 1
     else:
@@ -200,7 +200,7 @@ def batches(dataset, args, epoch=None):
         # A last batch is dropped if a process would have no utterance of it, or the CCC only one.
         least = max(2, PROCESSES)
     parts = [indices[k : k + size] for k in range(0, len(indices), size)]
-    return [sorted(part, key=place) for part in parts if len(part) >= least]
+    return [sorted(part, key=by_frames) for part in parts if len(part) >= least]
 
 
 def load_chunks(dataset, args, process, processes, batch):
@@ -251,8 +251,8 @@ def gather(predictions, n):
 
 
 def sum_gradients(optimizer):
-    """Add up every gradient over processes. It happens before scaler.step, so that all processes
-    find the same infinities in it, and leave out the same steps."""
+    """Add up every gradient over processes, before scaler.step. So all processes find the same
+    infinities, and leave out the same steps."""
     parameters = optimizer.param_groups[0]["params"]
     add_up(*(p.grad for p in parameters if p.grad is not None))
 
@@ -276,7 +276,7 @@ def exchange(value):
 
 @contextlib.contextmanager
 def explain_end():
-    """If another process has ended, the error of waiting for it becomes one line."""
+    """An error while waiting for the others becomes one line: most likely, one has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -285,11 +285,11 @@ def explain_end():
 
 # ---- the run folder ----
 
-# What may differ between a run and its continuation: places, the machine and its choices, what
-# happens to bad files (those that are left are compared), and the number of epochs.
+# What may differ between a run and its continuation: places, the machine and what follows from it,
+# the number of epochs, and --skip-bad, as the utterances that are left are compared.
 MAY_DIFFER = str.split("""data model out device device_memory_bytes versions precision_reason
     workers skip_bad epochs fill_seconds""")
-# What rebuilds the best model: no place, version or number of epochs.
+# What rebuilds the best model. It needs no place, version or number of epochs.
 SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
     method layers freeze_embedding rank alpha lora_dropout""")
 
@@ -382,7 +382,7 @@ def fill_cache(args, model, utterances):
     not all), and what config.json says of it. The model's cut becomes the cache's, as `suffix` has
     to begin where the stored hidden states end."""
     with models.explain_memory("leave out the longest recordings"):
-        cache.complete(args.cache, model, utterances, args)
+        cache.fill_missing(args.cache, model, utterances, args)
     exchange("filled")  # All processes wait here until the cache is filled.
     entries, fingerprint, seconds = cache.read_entries(args.cache)
     utterances = [u for u in utterances if u.name in entries]
@@ -419,12 +419,14 @@ def check_place(args):
     names = ["config.json", "metrics.jsonl", "result.json", f"predictions-{args.splits[2]}.csv"]
     foreign = [name for name in names if (args.out / name).exists()]
     if foreign:
-        raise ValueError(f"'{path}' is not of a run, and {foreign} would be lost: give a new --out")
+        raise ValueError(
+            f"'{args.out}' holds no run, and {foreign} would be lost: give a new --out"
+        )
 
 
 def holds_epochs(args):
-    """Whether a run in --out has saved an epoch: last.pt or best.pt. One is enough, as it is an
-    error, where the other is read, that it is missing."""
+    """Whether a run in --out has saved an epoch, as last.pt and best.pt. One file is enough: if the
+    other is missing, reading it says so."""
     return any(args.out.glob("*.pt"))
 
 
@@ -567,7 +569,7 @@ def peak_memory(device):
 
 def demo(folder):
     """Arguments that train the last 3 layers of a tiny encoder from a cache, on synthetic speech.
-    Both are made first, if they are not there. ValueError in several processes."""
+    Corpus and encoder are made first, if they are not there. ValueError in several processes."""
     if PROCESSES > 1:
         raise ValueError("--demo runs in one process")
     corpus = f"{folder}/corpus"
@@ -600,14 +602,12 @@ def parse_args(argv):
     text = "to train on, choose the epoch by, test on (III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
-    text = "least and greatest label (1 7)"
-    add("--scale", nargs=2, type=float, default=data.SCALE, metavar=("LOW", "HIGH"), help=text)
+    add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add = parser.add_argument_group("method (section IV-B)").add_argument
-    names = "full", "partial", "lora"
-    add("--method", choices=names, default="partial", help="all layers, last, adapters (partial)")
+    add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
-    number("--rank", 8, "lora: rows of A")
+    number("--rank", 8, "lora: rank of the update")
     number("--alpha", 16.0, "lora: its output is scaled by alpha / rank")
     number("--lora-dropout", 0.1, "lora: dropout of its input")
     number("--dropout", 0.2, "before the head, IV-A")
@@ -616,7 +616,9 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
-    add("--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as alone")
+    add(
+        "--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as if alone"
+    )
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     add("--chunk", type=int, help=text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
@@ -649,6 +651,8 @@ def check_options(error, args):
         value = getattr(args, key)
         if value is not None and not 0 < value < math.inf:
             error(f"--{key.replace('_', '-')} must be above 0, not {value}")
+    if not (0 <= args.dropout < 1 and 0 <= args.lora_dropout < 1):
+        error("--dropout and --lora-dropout lie from 0 to below 1")
     if args.batch_size < max(2, PROCESSES):
         error("--batch-size: the CCC needs two utterances, and each process one")
     if not 0 <= args.seed < 10**9:
@@ -668,7 +672,7 @@ def resolve(args):
     if args.method == "partial":
         args.layers = args.layers or 3
     if os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)  # config.json names it, wherever predict is run
+        args.model = os.path.abspath(args.model)  # So predict finds it from any folder.
     return args
 
 

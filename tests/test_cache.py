@@ -122,11 +122,12 @@ def test_any_iterable_is_filled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [70_000.0, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_not_stored(value, tmp_path):
-    """What float16 cannot hold, and NaN, is refused by name; float32 holds more."""
+    """What float16 cannot hold, NaN, and no frame at all, are refused by name; float32 holds more."""
     odd = torch.ones(3, 4)
     odd[1, 2] = value
-    with pytest.raises(ValueError, match="'odd'.*float16"):
-        cache.fill(tmp_path, HALF, [("odd", odd, None)])
+    for wrong in (odd, odd[:0]):
+        with pytest.raises(ValueError, match="'odd'.*float16"):
+            cache.fill(tmp_path, HALF, [("odd", wrong, None)])
     assert not list(tmp_path.iterdir())
     if value == 70_000:
         cache.fill(tmp_path, SINGLE, [("odd", odd, None)])
@@ -342,7 +343,7 @@ def test_a_foreign_cache_is_refused(key, fill, launch, cached, tmp_path):
     shard["fingerprint"][key] = OTHER[key]
     torch.save(shard, path)
     before = tree(folder)
-    reason = "is for fewer layers: fill another with --layers 3" if key == "cut" else f"'{key}': "
+    reason = "has cut 4: fill another folder with --layers 3" if key == "cut" else f"'{key}': "
     with pytest.raises(ValueError, match=reason):
         fill(folder, *FLOAT32)
     if key != "dtype":  # one may train from either

@@ -128,8 +128,9 @@ def test_releases(audio, file, development, test, tmp_path):
 
 def test_scale_and_attributes(tmp_path):
     """Labels come in the order asked, from the scale given to 0 to 1, clipped where rounding went
-    past a bound. No attributes ask for no labels."""
-    write_corpus(tmp_path, [("a.wav", 1, "5.000000000000001", "Train"), ("b.wav", 2, 4, "Train")])
+    past a bound, in any notation of NumPy's. No attributes ask for no labels."""
+    rows = [("a.wav", "1.0e+00", "5.000000000000001", "Train"), ("b.wav", "+2", "4E0", "Train")]
+    write_corpus(tmp_path, rows)
     utterances, _ = data.read_corpus(tmp_path, ["valence", "activation"], scale=(1, 5))
     assert [u.labels for u in utterances] == [(1, 0), (0.75, 0.25)]
     assert [u.labels for u in data.read_corpus(tmp_path, ())[0]] == [(), ()]
@@ -148,8 +149,10 @@ def test_rows_that_are_problems(tmp_path):
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
     utterances, problems = data.read_corpus(tmp_path)
     assert [u.name for u in utterances] == ["a.wav"]
-    kinds = ["label missing or not from 1 to 7 (--scale)"] * 9 + ["repeated name", "unknown split"]
-    kinds += ["not the plain name of a file"] + ["too few or too many cells"] * 2
+    kinds = ["label missing or not from 1 to 7 (--scale)"] * 9 + ["repeated name"]
+    kinds += [f"unknown split, not of {data.SPLITS}", "not the plain name of a file"] + [
+        "too few or too many cells"
+    ] * 2
     assert [p.kind for p in problems] == kinds
     lines = [int(p.where.removeprefix("line ").split(":")[0]) for p in problems]
     assert lines == [*range(3, 12), *range(13, 18)] and problems[10].split == ""
@@ -159,7 +162,8 @@ FILES = [  # bytes of a label file, what is said of it
     (b"", "it is empty"),
     (HEADER.replace(",", ";").encode(), "separate its cells by commas"),
     (HEADER.replace(",", "\t").encode(), "separate its cells by commas"),
-    (HEADER.replace("EmoVal", "V").encode(), "no column EmoVal in .*'V'"),
+    (HEADER.replace("EmoVal", "V").encode(), "no column EmoVal, or two, in .*'V'"),
+    ((HEADER + ",EmoVal").encode(), "no column EmoVal, or two"),
     ((HEADER + "\nä.wav").encode("latin-1"), "save it as CSV in UTF-8"),
     (HEADER.encode("utf-16"), "save it as CSV in UTF-8"),
     ((HEADER + '\n"a.wav,N').encode(), "unexpected end of data"),
@@ -268,6 +272,16 @@ def test_pieces_of_a_long_recording(kind, tmp_path):
     assert len(piece) == 84000 and difference[4000:].max() < 1e-5  # an MP3's first frames differ
     rest = data.load_audio(tmp_path / "x", 8000, start=125)
     assert len(rest) == len(whole) - 125 * 8000
+    for times in ((131, None), (131, 140), (5, 4), (-1, 4)):
+        with pytest.raises(ValueError, match="x': it has no sound from .* s; give other times"):
+            data.load_audio(tmp_path / "x", 8000, *times)
+
+
+def test_pieces_of_gsm(tmp_path):
+    """GSM, in which no place can be sought, is refused in pieces with what to do."""
+    soundfile.write(tmp_path / "x", NOISE, 8000, "GSM610", format="WAV")
+    with pytest.raises(ValueError, match="x': its codec cannot be read in pieces; `ffmpeg"):
+        data.load_audio(tmp_path / "x", 8000, start=1, stop=2)
 
 
 # container, subtype
@@ -299,6 +313,7 @@ SOUNDS = [  # container, what is done to a second of sound, what is said of it, 
     ("WAV", lambda c: change(c, 24, (8000000).to_bytes(4, "little")), "impossible sample rate"),
     ("FLAC", lambda c: change(c, 21, b"\xf0\0\0\0\0"), ".*does not tell its length; `ffmpeg"),
     ("MP3", lambda c: c + c, "its length is only estimated, .*`ffmpeg"),
+    ("FLAC", lambda c: c + c, ".*there is more; `ffmpeg"),
     ("MP3", lambda c: c + b"TAG" + bytes(125), "16000"),
     ("MP3", lambda c: c + b"APETAGEX" + bytes(5000), "16000"),
     ("NIST", bytes, "a container whose end cannot be checked; `ffmpeg"),
@@ -398,18 +413,23 @@ def test_demo_is_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
 def test_command(tmp_path, capsys):
     """data.py prints each split's size and range of labels, notes on silence and on a scale that
     does not fit, and each problem, after which it exits with 1."""
-    write_corpus(tmp_path, [("a.wav", 1, 5, "Train"), ("b.wav", 2, 3, "Train")])
+    rows = [("a.wav", 1, 5, "Train"), ("b.wav", 2, 3, "Train")]
+    others = [("c.wav", 2, 3, "Development"), ("d.wav", 2, 3, "Test1")]
+    write_corpus(tmp_path, rows + others)
     antiphase = np.outer(sine(16000), [1, -1])
     soundfile.write(tmp_path / "Audios" / "b.wav", antiphase, 16000)
     data.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:5] == ["Train", "2", "utterances", "0", "speakers"]
     assert lines[0].endswith("activation 1 to 2  valence 3 to 5")
-    assert "--scale 1 5" in lines[1] and lines[2].endswith("'b.wav'") and lines[3] == "no problems"
-    write_corpus(tmp_path / "9", [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train")])
-    (tmp_path / "9" / "Audios" / "a.wav").unlink()
+    assert "--scale 1 5" in lines[3] and lines[4].endswith("'b.wav'") and lines[5] == "no problems"
+    write_corpus(tmp_path / "9", [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train"), others[0]])
+    (tmp_path / "9" / "Audios" / "a.wav").rename(tmp_path / "9" / "Audios" / "A.flac")
     with pytest.raises(SystemExit) as exit:
         data.main([str(tmp_path / "9")])
     output = capsys.readouterr().out
-    assert exit.value.code == 1 and "'a.wav': no such file" in output and "2 problems" in output
+    assert (
+        exit.value.code == 1 and "4 problems" in output and "no utterance: 2\n  Train is" in output
+    )
+    assert re.search("'a.wav': no such file, .*; alike: '.*/A.flac'", output)
     assert "from 1 to 7 (--scale): 1\n  Train line 3: 'b.wav' 'Train' ['4', '9']" in output

@@ -382,11 +382,11 @@ def test_old_checkpoint_layout(tmp_path, capfd, caplog, monkeypatch):
 
 
 NO_ENCODER = [  # a file in an encoder's folder, what is changed in it, and what is said of that
-    ("config.json", {"model_type": "whisper"}, "whisper.* no plain one"),
-    ("config.json", {"model_type": "bert"}, "bert.* no plain one"),
-    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* no plain one"),
-    ("config.json", {"add_adapter": True}, "add_adapter.* no plain one"),
-    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, r"norm'\], and"),
+    ("config.json", {"model_type": "whisper"}, "whisper.* only plain ones"),
+    ("config.json", {"model_type": "bert"}, "bert.* only plain ones"),
+    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* only plain ones"),
+    ("config.json", {"add_adapter": True}, "add_adapter.* only plain ones"),
+    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, "norm.*only plain ones"),
     ("config.json", {"hidden_size": "wide"}, "cannot be used"),  # an error of several lines
     ("config.json", "[1, 2]", "cannot be used"),
     ("adapter_config.json", "{}", "adapter_config.json: merge"),
@@ -668,7 +668,7 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small, run)
     amend(run / "config.json", {"model": str(tmp_path / "first")})
-    with pytest.raises(ValueError, match="first, no folder here"):
+    with pytest.raises(ValueError, match="first .no folder here"):
         models.load_run(run)
     shutil.copytree(encoder, tmp_path / "second")
     assert models.load_run(run, str(tmp_path / "second")).scale == [1, 7]
@@ -704,7 +704,7 @@ def test_windows(small, score, tmp_path):
         assert [alone["Act"], alone["Val"]] == [rows[k]["Act"], rows[k]["Val"]]
     assert models.windows(2.65, 1, 1) == [(0, 1), (1, 2), (2, 2.65)]
     assert models.windows(0.3, 1, 1) == [(0, 0.3)]
-    for wrong in (["--hop", 1], ["--window", 1, "--hop", 2], ["--window", -1]):
+    for wrong in (["--hop", 1], ["--window", 1, "--hop", 2], ["--window", -1], ["--window", "inf"]):
         with pytest.raises(SystemExit):
             predict(small, tmp_path / "long.wav", *wrong)
 
