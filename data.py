@@ -10,6 +10,7 @@ In comments: B batch, S samples, T frames, D width, A attributes.
 
 import argparse
 import csv
+import errno
 import math
 import os
 import re
@@ -120,6 +121,8 @@ LABEL_FILES = str.split("""Labels/labels_consensus.csv labels/labels_consensus.c
     Labels/labels_concensus.csv labels/labels_concensus.csv
     Label/labels_concensus.csv label/labels_concensus.csv""")
 AUDIO_FOLDERS = str.split("Audios Audio audios audio")
+# There is no such file, but a folder, or a link to itself, or no file can have such a name.
+NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
 NUMBER = re.compile(r"[-+]?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
@@ -182,7 +185,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
             kind = f"unknown split, not of {SPLITS}"
         elif name in names:
             kind = "repeated name"
-        elif "/" in name:  # ../other.wav
+        elif "/" in name or "\0" in name:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
@@ -208,7 +211,9 @@ def check_audio(utterances, sample_rate=16000):
             # Without the name of the file, all that are wrong in the same way have the same text.
             kind = str(error).removeprefix(f"{u.path!r}: ")
             problems.append(Problem(kind, repr(u.name), u.split))
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
             where = f"{u.name!r}: no such file, or a link to none; alike: {files.get(simplify(u.name))!a}"
@@ -226,7 +231,8 @@ def list_files(folder):
     missing there may be in a sub-folder, or in Audio where there is Audios, too."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
-    return {simplify(os.path.basename(path)): path for path in walk(os.path.dirname(folder))}
+    paths = filter(os.path.exists, walk(os.path.dirname(folder)))  # without links to nothing
+    return {simplify(os.path.basename(path)): path for path in paths}
 
 
 def some(items, most=3, between=", "):

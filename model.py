@@ -480,7 +480,7 @@ def build(encoder, audio, settings):
         **audio,
     )
     model.encoder_sha256 = digest(encoder)  # It is taken before adapters come into the encoder.
-    model.scale = settings["scale"]
+    model.scale = [float(end) for end in settings["scale"]]
     keys = ["method", "layers", "freeze_embedding", "rank", "alpha", "lora_dropout"]
     freeze(model, **{key: settings[key] for key in keys})
     return model

@@ -145,17 +145,21 @@ def test_rows_that_are_problems(tmp_path):
     cells = ["", "0_3", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
     rows = ["", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
     rows += ["a.wav,N,4,4,,1,F,Train", "a.wav,N,4,4,,1,F,Train", "b.wav,N,4,4,,1,F,Dev"]
-    rows += ["../c.wav,N,4,4,,1,F,Train", "d.wav,N,4", "e.wav,N,4,4,,1,F,Train,7"]
+    rows += [
+        "../c.wav,N,4,4,,1,F,Train",
+        "\0.wav,N,4,4,,1,F,Train",
+        "d.wav,N,4",
+        "e.wav,N,4,4,,1,F,Train,7",
+    ]
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
     utterances, problems = data.read_corpus(tmp_path)
     assert [u.name for u in utterances] == ["a.wav"]
     kinds = ["label missing or not from 1 to 7 (--scale)"] * 9 + ["repeated name"]
-    kinds += [f"unknown split, not of {data.SPLITS}", "not the plain name of a file"] + [
-        "too few or too many cells"
-    ] * 2
+    kinds += [f"unknown split, not of {data.SPLITS}"] + ["not the plain name of a file"] * 2
+    kinds += ["too few or too many cells"] * 2
     assert [p.kind for p in problems] == kinds
     lines = [int(p.where.removeprefix("line ").split(":")[0]) for p in problems]
-    assert lines == [*range(3, 12), *range(13, 18)] and problems[10].split == ""
+    assert lines == [*range(3, 12), *range(13, 19)] and problems[10].split == ""
 
 
 FILES = [  # bytes of a label file, what is said of it
@@ -212,12 +216,14 @@ def test_missing_audio(tmp_path, monkeypatch):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / "Audios" / name).rename(tmp_path / place)
     (tmp_path / "Audios" / "none.wav").unlink()
+    (tmp_path / "Audios" / "none.wav").symlink_to("none.wav")  # to itself
     utterances, _ = data.read_corpus(tmp_path)
+    utterances.append(data.Utterance("long", f"{tmp_path}/Audios/{'x' * 300}"))
     good, problems = data.check_audio(utterances)
     assert [u.name for u in good] == ["here.wav"]
     assert {p.kind for p in problems} == {"missing audio"}
     alike = [p.where.split("alike: ")[1] for p in problems]
-    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None"]
+    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None", "None"]
     shutil.rmtree(tmp_path / "Audios")
     (tmp_path / "Audios").mkdir()
     with pytest.raises(FileNotFoundError, match="mounted"):
