@@ -77,7 +77,7 @@ def fill(folder, fingerprint, items, process=0):
     for name, hidden, audio_crc in items:
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
-        total = hidden.sum(dtype=torch.float32)  # faster than isfinite().all()
+        total = hidden.sum(dtype=torch.float32)  # Not finite if an element is not: a fast test.
         if not (len(hidden) and total.isfinite()):
             raise ValueError(f"'{name}': empty, NaN, or too great for {dtype} (--dtype float32)")
         pending.append((name, hidden, audio_crc))
@@ -93,8 +93,7 @@ def fill(folder, fingerprint, items, process=0):
 
 def write_shard(folder, fingerprint, items, process, began):
     """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `began` is when work on the first of them began, so that `seconds` include a
-    generator's."""
+    known about them. `seconds` count from `began`, when the first item began to be computed."""
     names, hidden, audio_crcs = zip(*items, strict=True)
     content = {
         "fingerprint": fingerprint,
@@ -197,7 +196,7 @@ class CachedDataset:
 
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
-    """Open a file that appears at `path` whole or, where OSError is raised, not at all."""
+    """Open a file that appears at `path` whole or not at all. OSError if it cannot be written."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, mode) as file:
@@ -379,7 +378,7 @@ def main(argv=None):
     model = models.EmotionModel(encoder, **audio)
     model.encoder_sha256 = models.digest(encoder)
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
-    utterances = data.load_corpus(args.data, args.splits, attributes=())
+    utterances = data.load_corpus(args.data, args.splits, (), skip_bad=args.skip_bad)
     with models.explain_memory("leave out the longest recordings"):
         fill_missing(args.out, model, utterances, args, args.dtype)
     entries, _, seconds = read_entries(args.out)

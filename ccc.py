@@ -67,8 +67,8 @@ def read_csv(path):
     if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     for row in rows:
-        # A column that is there twice, and cells beyond the last column, change the number of keys.
-        if len(row) != len(reader.fieldnames) or None in row.values():
+        # Two columns of a name are one key. None is the key of too many cells, the value of too few.
+        if len(row) < len(reader.fieldnames) or None in row or None in row.values():
             raise ValueError(
                 f"'{path}': a column twice, or too few or too many cells: {row!s:.200}"
             )
@@ -126,7 +126,7 @@ def shell(command):
         except (ValueError, OSError, MemoryError, csv.Error) as error:
             leave(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        leave(130, "interrupted; run the same line again to go on (train.py: with --resume)\n")
+        leave(130, "interrupted; run the same line again (train.py: with --resume)\n")
 
 
 if __name__ == "__main__":

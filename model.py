@@ -93,7 +93,7 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        # `build` sets both: (low, high), the ends of the labels' scale, and the encoder's digest.
+        # `build` sets these: (low, high), the ends of the labels' scale, and the encoder's digest.
         self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
@@ -209,10 +209,9 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Its LayerNorms take float32, also under autocast: that in the projection, because
-        `run_stages` casts its input, and the other by the .float() below. On a CPU, a LayerNorm
-        over bfloat16 adds up its weight's gradient over all frames in bfloat16, which is up to 46 %
-        off.
+        Its LayerNorms take float32 under autocast, too: the projection's by the .float() in
+        `run_stages`, the other by the one below. On a CPU, a LayerNorm over bfloat16 adds up its
+        weight's gradient over all frames in bfloat16, which is up to 46 % off.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -368,8 +367,8 @@ def trainable(model):
 
 # ---- load an encoder ----
 
-# Keys of an encoder's config.json about training and outputs, with the values that the code here
-# needs: they replace the checkpoint's. None changes what the weights compute.
+# These values replace those of an encoder's config.json. No prediction depends on them, but what
+# Hugging Face's own forward does or returns does, which an exported model runs.
 OVERRIDES = {
     "gradient_checkpointing": False,
     "layerdrop": 0.0,
@@ -472,13 +471,8 @@ def load_trained(model, weights):
 def build(encoder, audio, settings):
     """An EmotionModel, built and frozen as `settings` say: the arguments of a run, {name: value}.
     `encoder, audio` are what load_encoder returns."""
-    model = EmotionModel(
-        encoder,
-        settings["attributes"],
-        settings["dropout"],
-        settings["padding"],
-        **audio,
-    )
+    keys = ["attributes", "dropout", "padding"]
+    model = EmotionModel(encoder, **{key: settings[key] for key in keys}, **audio)
     model.encoder_sha256 = digest(encoder)  # It is taken before adapters come into the encoder.
     model.scale = [float(end) for end in settings["scale"]]
     keys = ["method", "layers", "freeze_embedding", "rank", "alpha", "lora_dropout"]
@@ -492,7 +486,7 @@ def load_run(run, name=None):
 
     best.pt holds what was trained; the rest comes from the run's encoder, which is at `name` now,
     or where the run's config.json says. ValueError of one line that names the file, where either is
-    missing, damaged, or another than the run's.
+    missing, damaged, or not the run's own.
     """
     with blame(Path(run, "config.json")) as path:
         name = name or str(json.loads(path.read_text())["model"])
@@ -529,7 +523,8 @@ def explain_memory(advice):
 
 def predict(args):
     """Write FileName and each attribute, on the run's scale, of every file or window; of a corpus
-    the labels, too. A file that cannot be used is a line on stderr, and status 1 at the end."""
+    the labels, too. A file that is missing or unusable is a line on stderr, and status 1 at the
+    end."""
     import data  # Only the command needs it, and no part of what is copied.
 
     model = load_run(args.run, args.model).to(choose_device(args.device))
@@ -561,7 +556,7 @@ def predict(args):
                     units = [*predictions, *u.labels]
                     values = [*bounds, *(low + (high - low) * unit for unit in units)]
                     writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 failed = True
                 tqdm.write(str(error), sys.stderr)
     if failed:
@@ -590,7 +585,7 @@ def predict_file(model, path, window=None, hop=None):
 
 
 def windows(seconds, length, hop):
-    """[(start, stop)] in seconds. The last may be shorter; a rest under .1 s is left out."""
+    """[(start, stop)] in seconds. Another begins while over .1 s is left; it may be shorter."""
     count = 1 + max(0, math.ceil((seconds - length - 0.1) / hop))
     return [(k * hop, min(k * hop + length, seconds)) for k in range(count)]
 
@@ -638,7 +633,7 @@ def export(args):
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
     exported.classifier = model.head
-    # Hugging Face has a linear layer before the mean, and we have none: ours is the identity.
+    # Hugging Face has a linear layer before the mean. We have none: theirs becomes the identity.
     nn.init.eye_(exported.projector.weight)
     nn.init.zeros_(exported.projector.bias)
     # With a mask, files in a batch give what they give alone, unless the CNN normalises over time.
@@ -661,7 +656,7 @@ def describe(args, model, masked):
         facts = json.loads(path.read_text())
         return f"""# Emotion in speech: {", ".join(model.attributes)}
 
-{facts["model"]}, finetuned in {model.padding} padding. CCC of its test split: {facts["test"]}.
+{facts["model"]}, finetuned in {model.padding} padding. CCCs and n of its test split: {facts["test"]}.
 A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
 {"Files may be scored in batches." if masked else "Score each file alone: padding changes scores."}
 To open files, the pipeline needs ffmpeg.

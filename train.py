@@ -68,13 +68,12 @@ def fit(args, model, datasets, config):
         loss = train_epoch(model, train, optimizer, scaler, args, epoch)
         middle = time.perf_counter()
         _, scores = evaluate(model, dev, args)
-        end = time.perf_counter()
         line = {
             "epoch": epoch,
             "loss": loss,
             "dev": scores,
             "train_seconds": middle - start,
-            "eval_seconds": end - middle,
+            "eval_seconds": time.perf_counter() - middle,
             "peak_memory_bytes": max(exchange(peak_memory(args.device))),
         }
         history.append(line)
@@ -366,9 +365,9 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # args.cache is a place. In config.json stands what is in it, as "cut 10, float16".
+    # `run` fills these in. "cache" is then no place, but what is in it: "cut 10, float16".
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
-    del config["resume"]
+    del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
 
 
@@ -425,8 +424,8 @@ def check_place(args):
 
 
 def holds_epochs(args):
-    """Whether a run in --out has saved an epoch, as last.pt and best.pt. One file is enough: if the
-    other is missing, reading it says so."""
+    """Whether --out holds an epoch of a run: last.pt, best.pt or both. One is enough, as a new run
+    would write over it."""
     return any(args.out.glob("*.pt"))
 
 
@@ -449,8 +448,8 @@ def check_resumable(args, config, ignored):
 
 
 def is_finished(args):
-    """Whether --out holds the result of as many epochs as are asked for. If somebody deleted the
-    epochs, it is a result of nothing."""
+    """Whether --out holds the result of as many epochs as are asked for. A result whose epochs were
+    deleted does not count."""
     path = args.out / "result.json"
     if not (path.exists() and holds_epochs(args)):
         return False
@@ -477,8 +476,8 @@ def read_last(args, model, optimizer, scaler):
 def start_run(args, config, history):
     """Begin to write: remove result.json, then write config.json.
 
-    By now all processes have read what they need of the run folder. Here they make sure that they
-    agree: on separate disks they may have read different files, and nothing else would notice.
+    Before, `exchange` waits until all processes have read what they need of the run folder. It also
+    shows whether they agree: on separate disks they may have read different files.
     """
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
     mine = json.dumps([same, len(history)])
@@ -589,7 +588,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description="Train one row and one seed of Table I.")
     add = parser.add_argument
 
-    def number(name, default, text):
+    def number(name, default, text):  # It joins the group that `add` then stands for.
         add(name, type=type(default), default=default, help=f"{text} ({default})")
 
     add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
@@ -683,8 +682,8 @@ def choose_precision(device):
         return "fp16", "as in the paper"
     able = getattr(torch.cpu, "get_capabilities", dict)()
     if able.get("avx512_bf16") or able.get("amx_bf16"):
-        return "bf16", "this CPU has instructions for it"
-    return "fp32", "this CPU has no instructions for bf16"
+        return "bf16", "its instructions found"
+    return "fp32", "no bf16 instructions found"
 
 
 def main(argv=None):

@@ -98,6 +98,7 @@ WRONG = {  # a predictions file, and what is said of it
     "empty": ("FileName,Act,EmoAct a,1,1 b,,2", "'b' lacks a prediction or label"),
     "cut off": ("FileName,Act,EmoAct a,1,1 b,2", "too few or too many cells"),
     "decimal commas": ("FileName,Act,EmoAct a,1,5,1 b,2,5,2", "too few or too many cells"),
+    "both": ("FileName,Act,Act,EmoAct a,1,1,1,1 b,2,3,4,5", "a column twice"),
     "a column twice": ("FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4", "a column twice"),
     "no labels": ("FileName,Act,Val a,1,1 b,2,2", "--labels"),
     "no predictions": ("FileName,EmoAct,EmoVal a,1,1 b,2,2", "no column Act"),

@@ -714,10 +714,11 @@ def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
     for name in ("1.wav", "3.wav"):
         shutil.copy(min(Path(corpus, "Audios").glob("*.wav")), tmp_path / name)
     (tmp_path / "2.wav").write_bytes(b"no sound")
+    (tmp_path / "0.wav").symlink_to("gone.wav")
     with pytest.raises(SystemExit) as left:
         predict(small, tmp_path)
     out, err = capfd.readouterr()
-    assert left.value.code == 1 and err.count("2.wav") == 1
+    assert left.value.code == 1 and err.count("2.wav") == err.count("0.wav") == 1
     assert [line.split(",")[0] for line in out.splitlines()] == ["FileName", "1.wav", "3.wav"]
 
 

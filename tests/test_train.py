@@ -241,7 +241,7 @@ def check_run(folder, epochs=1):
     split = result["splits"][2]
     assert {path.name for path in folder.iterdir()} == set(FILES.format(split).split())
     arguments = vars(train.parse_args(["--data", "x", "--out", "x"])).keys()
-    assert config.keys() >= {*CONFIG.split(), *arguments} - {"demo", "resume", "why"}
+    assert config.keys() >= {*CONFIG.split(), *arguments} - {"resume"}
     assert result.keys() == config.keys() | RESULT and not result["out_of_memory"]
     assert all(result[key] == config[key] for key in config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
