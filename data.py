@@ -281,7 +281,7 @@ def require(utterances, splits, least=1):
     for split in splits:
         size = sum(u.split == split for u in utterances)
         if size < least:
-            raise ValueError(f"{size} usable utterances in split {split!r}: give another")
+            raise ValueError(f"split {split!r} has {size} usable utterances, of {least} at least")
 
 
 # The second line is audio that only ffmpeg reads: it is found, and then refused by name.

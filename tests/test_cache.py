@@ -1,6 +1,7 @@
 """A cached run against the uncached one with the same parts frozen; what is on disk; fills that
 continue, side by side or at once; the refusal of foreign caches."""
 
+import itertools
 import pickle
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import soundfile
@@ -182,6 +184,7 @@ def test_training_fills_what_lacks(launch, fill, corpus, tmp_path, capsys):
     line = ["--data", root, "--padding", "exact", "--cache", tmp_path / "new"]
     launch(tmp_path / "first", *line)
     assert f"'{tmp_path / 'new'}' lacks 28 utterances" in capsys.readouterr().out
+    (tmp_path / "new" / "notes.txt").write_text("do not matter beside a shard")
     fill(tmp_path / "filled", "--layers", 3, "--dtype", "float16")
     capsys.readouterr()
     assert relative(read_cache(tmp_path / "new"), read_cache(tmp_path / "filled")) == 0
@@ -194,6 +197,47 @@ def test_training_fills_what_lacks(launch, fill, corpus, tmp_path, capsys):
     assert first.read_text() == second.read_text()
     seconds = cache.read_entries(tmp_path / "new")[2]
     assert f'"fill_seconds": {seconds!r}' in (tmp_path / "second" / "result.json").read_text()
+
+
+def test_free_space_and_memory(fill, cached, tmp_path, monkeypatch):
+    """A disk that is a byte too small for the hidden states is refused before the fill. Full memory
+    is a line."""
+    size = sum(hidden.nbytes for hidden in read_cache(cached(3, "float16")).values())
+    usage = SimpleNamespace(free=size - 1)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="less free space"):
+        fill(tmp_path, "--layers", 3)
+    usage.free = size
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            models.EmotionModel, "prefix", Mock(side_effect=RuntimeError("out of memory"))
+        )
+        with pytest.raises(MemoryError, match="leave out the longest recordings"):
+            fill(tmp_path, "--layers", 3)
+    fill(tmp_path, "--layers", 3)
+
+
+def test_seconds_of_a_fill(tmp_path, monkeypatch):
+    """A fill took as long as its slowest process, in which each shard counts its own time."""
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(cache.time, "perf_counter", itertools.count().__next__)
+    for process, names in enumerate(("abc", "de")):
+        cache.fill(tmp_path, SINGLE, [(name, torch.ones(2, 4), None) for name in names], process)
+    assert cache.read_entries(tmp_path)[2] == 3
+
+
+def test_unlocked_and_full_disks(tmp_path, monkeypatch, capsys):
+    """A file system without locks is used with a note. What torch.save says of a full disk becomes
+    an OSError that names the file."""
+    monkeypatch.setattr(cache.fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
+    with cache.lock(tmp_path / "a"):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    with (
+        pytest.raises(OSError, match="cannot write '.*a/x': is the disk full"),
+        cache.atomic(tmp_path / "a" / "x"),
+    ):
+        raise RuntimeError("unexpected pos 64 vs 0")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def test_a_fill_continues(fill, cached, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """The metric against closed forms, numpy and SciPy; the command on a file."""
 
+import io
+import sys
+
 import pytest
 import scipy.stats
 import torch
@@ -89,6 +92,19 @@ def test_command(tmp_path, capsys):
         main([str(own), *options])
         act, val = ccc(x[:40], target[:40]).tolist()
         assert capsys.readouterr().out == f"n 40  Act {act:.4f}  Val {val:.4f}\n"
+
+
+def test_spaces_and_any_bytes(tmp_path, capfd, monkeypatch):
+    """Spaces after commas are no part of a name, and a FileName need not be UTF-8. What a terminal
+    cannot show is escaped."""
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"FileName, Act, EmoAct\n\xff.wav, 1, 1\nb, 2, 2\n")
+    main([str(path)])
+    assert capfd.readouterr().out == "n 2  Act 1.0000\n"
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
+    shell(lambda: print("\u2020"))
+    assert shown.getvalue() == b"\\u2020\n"
 
 
 WRONG = {  # a predictions file, and what is said of it

@@ -85,6 +85,7 @@ def test_read_ahead(workers):
     """Results come in order, those before an error too; nothing is loaded further ahead than two
     items a worker, and no thread outlives a consumer that leaves early."""
     loaded = []
+    before = set(threading.enumerate())
 
     def load(i):
         loaded.append(i)
@@ -98,7 +99,7 @@ def test_read_ahead(workers):
     results = data.read_ahead(load, range(8, 99), workers, "load")
     next(results)
     results.close()
-    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 RELEASES = [
@@ -182,6 +183,20 @@ def test_label_files(content, message, tmp_path):
         data.read_corpus(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["Labels", "labels", "Label", "label"])
+@pytest.mark.parametrize("file", ["labels_consensus.csv", "labels_concensus.csv"])
+def test_places_of_labels(folder, file, tmp_path):
+    """A label file is found in each folder and under each name that releases have had. Spaces
+    around a cell do not count; a row of an unknown split may not get lost in silence."""
+    (tmp_path / folder).mkdir()
+    rows = [HEADER, " a.wav ,N, 4 , 4 ,, 1 ,F, Train ", "b.wav,N,4,4,,1,F,Dev"]
+    (tmp_path / folder / file).write_text("\n".join(rows))
+    (utterance,), _ = data.read_corpus(tmp_path)
+    assert utterance._replace(path="") == ("a.wav", "", "Train", "1", (0.5, 0.5), 0)
+    with pytest.raises(ValueError, match="^1 unusable: 1 unknown split"):
+        data.load_corpus(tmp_path, ["Train"])
+
+
 def test_one_list_of_problems(tmp_path, capsys):
     """Problems of labels, and then of audio, of the splits asked for are counted in a ValueError of
     one line or, with skip_bad, in a printed line. A split of one utterance is too small."""
@@ -199,9 +214,9 @@ def test_one_list_of_problems(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("skipped: 5 unusable")
     assert [u.name for u in good] == ["6.wav", "7.wav"] and good[0].samples == 1600
     data.require(good, ["Train"])
-    with pytest.raises(ValueError, match="^1 usable utterances in split 'Train': give another$"):
+    with pytest.raises(ValueError, match="^split 'Train' has 1 usable utterances, of 2 at least$"):
         data.require(good[:1], ["Train"], least=2)
-    with pytest.raises(ValueError, match="^0 usable utterances in split 'train'"):
+    with pytest.raises(ValueError, match="^split 'train' has 0 usable utterances"):
         data.load_corpus(tmp_path, ["train"])
 
 
@@ -216,14 +231,16 @@ def test_missing_audio(tmp_path, monkeypatch):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / "Audios" / name).rename(tmp_path / place)
     (tmp_path / "Audios" / "none.wav").unlink()
+    (tmp_path / "Audios" / "folder.wav").mkdir()
     (tmp_path / "Audios" / "none.wav").symlink_to("none.wav")  # to itself
     utterances, _ = data.read_corpus(tmp_path)
-    utterances.append(data.Utterance("long", f"{tmp_path}/Audios/{'x' * 300}"))
+    for name in ("x" * 300, "folder.wav"):
+        utterances.append(data.Utterance(name, f"{tmp_path}/Audios/{name}"))
     good, problems = data.check_audio(utterances)
     assert [u.name for u in good] == ["here.wav"]
     assert {p.kind for p in problems} == {"missing audio"}
     alike = [p.where.split("alike: ")[1] for p in problems]
-    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None", "None"]
+    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None", "None", "None"]
     shutil.rmtree(tmp_path / "Audios")
     (tmp_path / "Audios").mkdir()
     with pytest.raises(FileNotFoundError, match="mounted"):
@@ -319,6 +336,8 @@ SOUNDS = [  # container, what is done to a second of sound, what is said of it, 
     ("WAV", lambda c: change(c, 24, (8000000).to_bytes(4, "little")), "impossible sample rate"),
     ("FLAC", lambda c: change(c, 21, b"\xf0\0\0\0\0"), ".*does not tell its length; `ffmpeg"),
     ("MP3", lambda c: c + c, "its length is only estimated, .*`ffmpeg"),
+    ("WAV", lambda c: c + b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), "16000"),
+    ("WAV", lambda c: change(c, 40, (33600).to_bytes(4, "little")), "truncated"),  # lacks .05 s
     ("FLAC", lambda c: c + c, ".*there is more; `ffmpeg"),
     ("MP3", lambda c: c + b"TAG" + bytes(125), "16000"),
     ("MP3", lambda c: c + b"APETAGEX" + bytes(5000), "16000"),
@@ -421,14 +440,14 @@ def test_command(tmp_path, capsys):
     does not fit, and each problem, after which it exits with 1."""
     rows = [("a.wav", 1, 5, "Train"), ("b.wav", 2, 3, "Train")]
     others = [("c.wav", 2, 3, "Development"), ("d.wav", 2, 3, "Test1")]
-    write_corpus(tmp_path, rows + others)
+    write_corpus(tmp_path, [*rows, *others, ("e.wav", "", "", "Test3")])
     antiphase = np.outer(sine(16000), [1, -1])
     soundfile.write(tmp_path / "Audios" / "b.wav", antiphase, 16000)
     data.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:5] == ["Train", "2", "utterances", "0", "speakers"]
     assert lines[0].endswith("activation 1 to 2  valence 3 to 5")
-    assert "--scale 1 5" in lines[3] and lines[4].endswith("'b.wav'") and lines[5] == "no problems"
+    assert "--scale 1 5" in lines[4] and lines[5].endswith("'b.wav'") and lines[6] == "no problems"
     write_corpus(tmp_path / "9", [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train"), others[0]])
     (tmp_path / "9" / "Audios" / "a.wav").rename(tmp_path / "9" / "Audios" / "A.flac")
     with pytest.raises(SystemExit) as exit:

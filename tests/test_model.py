@@ -634,7 +634,17 @@ def test_export(run, corpus, score, tmp_path):
         assert scores == pytest.approx(dict(zip(("activation", "valence"), row)), abs=1e-5)
     assert exported.config.problem_type == "regression"
     running = ("gradient_checkpointing", "layerdrop", "apply_spec_augment", "output_attentions")
+    running += ("output_hidden_states",)
     assert not any(getattr(exported.config, key, False) for key in running)
+
+
+def test_exported_exact_base(launch, tmp_path):
+    """Of a CNN that normalises over time, an exact run's files are to be scored alone, too."""
+    launch(tmp_path / "run", "--padding", "exact")
+    models.main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert "Score each file alone" in (tmp_path / "out/README.md").read_text()
+    sound = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert sound["return_attention_mask"] is False
 
 
 def test_exported_folder(small, encoder, tmp_path, monkeypatch):
@@ -704,22 +714,28 @@ def test_windows(small, score, tmp_path):
         assert [alone["Act"], alone["Val"]] == [rows[k]["Act"], rows[k]["Val"]]
     assert models.windows(2.65, 1, 1) == [(0, 1), (1, 2), (2, 2.65)]
     assert models.windows(0.3, 1, 1) == [(0, 0.3)]
+    soundfile.write(tmp_path / "minute.wav", np.resize(sound, 61 * 16000), 16000)
+    assert len(score(small, tmp_path / "minute.wav", "--window", 20)) == 4
     for wrong in (["--hop", 1], ["--window", 1, "--hop", 2], ["--window", -1], ["--window", "inf"]):
         with pytest.raises(SystemExit):
             predict(small, tmp_path / "long.wav", *wrong)
 
 
 def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
-    """`predict` goes on past a file that cannot be used: a line on stderr each, status 1."""
+    """`predict` goes on past a file that cannot be used: a line on stderr each, status 1. Notes there
+    name silence, and say that a paper run was trained in padded batches."""
     for name in ("1.wav", "3.wav"):
         shutil.copy(min(Path(corpus, "Audios").glob("*.wav")), tmp_path / name)
     (tmp_path / "2.wav").write_bytes(b"no sound")
     (tmp_path / "0.wav").symlink_to("gone.wav")
+    soundfile.write(tmp_path / "4.wav", np.zeros(8000), 16000)
     with pytest.raises(SystemExit) as left:
         predict(small, tmp_path)
     out, err = capfd.readouterr()
     assert left.value.code == 1 and err.count("2.wav") == err.count("0.wav") == 1
-    assert [line.split(",")[0] for line in out.splitlines()] == ["FileName", "1.wav", "3.wav"]
+    assert err.count("constant sound") == err.count("4.wav") == err.count("padded batches") == 1
+    names = ["FileName", "1.wav", "3.wav", "4.wav"]
+    assert [line.split(",")[0] for line in out.splitlines()] == names
 
 
 def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def test_the_papers_marks_and_savings(paper, capsys):
     found = zip(marks(table).items(), marks(table, "valence").values(), strict=True)
     expected = {name: marks.replace("-", "").split(" ") for name, *_, marks in TABLE_ONE}
     assert {name: [first, second] for (name, first), second in found} == expected
+    assert [row["row"] for row in table] == [name for name, *_ in TABLE_ONE]
     table = {row["row"]: " ".join(row.values()) for row in table}
     line = "partial3 fp16 5 .655±.010 .568±.010 0.991±0.003 26.38M 66.7% 70.7% A40 -"
     assert table["partial3 fp16"] == line
@@ -190,14 +191,15 @@ def test_what_a_row_is_not_compared_with(change, tmp_path, capsys):
     assert [mark for name, mark in found.items() if " cached" in name] == ["†"]
 
 
-def test_what_it_may_be_compared_with(tmp_path, capsys):
+@pytest.mark.parametrize("change", [{"processes": 4}, {"chunk": 4}, {"recompute": True}])
+def test_what_it_may_be_compared_with(change, tmp_path, capsys):
     """In exact padding, evaluation batches do not matter. Of several the most alike: four processes
     are compared with four, and each full fp32 has a family of its own."""
     write_row(tmp_path, (0.5, 0.01), **THREE)  # paper padding, with nothing to compare with
     write_row(tmp_path, (0.6, 0.01), hours=(3, 0), **EXACT)
-    write_row(tmp_path, (0.6, 0.01), hours=(2, 0), processes=4, **EXACT)
-    for processes in 1, 4:
-        row = THREE | EXACT | {"processes": processes, "eval_batch_size": 8}
+    write_row(tmp_path, (0.6, 0.01), hours=(2, 0), **EXACT | change)
+    for more in {}, change:
+        row = THREE | EXACT | {"eval_batch_size": 8} | more
         write_row(tmp_path, (0.5, 0.01), **row)
     results, tests = tables(capsys, tmp_path, "--verbose")
     lines = [row["activation"][-2:] + row["faster"] for row in results if "partial" in row["row"]]
@@ -262,6 +264,7 @@ def test_rows_without_a_mean(tmp_path, capsys):
 AT_11, AT_44 = {"peak_memory_bytes": 11e9}, {"peak_memory_bytes": 44e9}
 FITS = [([FAILED], "- ✗??"), ([FAILED, AT_11], "11.00 ✗✓✓"), ([FAILED, AT_44], "44.00 ✗✗✓")]
 FITS += [([AT_11], "11.00 ✓✓✓"), ([AT_11, AT_44 | {"seed": 1}], "44.00 ✗✗✓")]
+FITS += [([FAILED, FAILED | {"device_memory_bytes": 40e9, "seed": 1}], "- ✗✗?")]
 
 
 @pytest.mark.parametrize(("runs", "line"), FITS)

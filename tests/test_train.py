@@ -463,6 +463,20 @@ def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, mon
     assert (tree(whole), tree(unfinished)) == before and not (tmp_path / "nowhere").exists()
 
 
+MAY_DIFFER = [
+    "data",
+    "model",
+    "out",
+    "workers",
+    "skip_bad",
+    "fill_seconds",
+    "device",
+    "device_memory_bytes",
+    "versions",
+    "precision_reason",
+]
+
+
 def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     """--resume of a finished run, also from another place of its corpus, shows its result and
     touches nothing: no file of it, nor its cache, even where that is gone. A predictions file alone
@@ -485,6 +499,9 @@ def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "moved")
     before = tree(tmp_path)
     again = ["--cache", tmp_path / "cache", "--data", tmp_path / "moved", "--resume"]
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict.fromkeys(MAY_DIFFER, "another")))
+    before = tree(tmp_path)
     capsys.readouterr()
     launch(run, *again, "--workers", 2)
     assert f"'{run}' is finished" in capsys.readouterr().out
@@ -515,6 +532,48 @@ def test_console(launch, tmp_path, capsys):
     )
     assert re.fullmatch(line, first) and " (best)" in first and re.fullmatch(line, second)
     assert second.endswith(" 0:00:00 left") and re.match(rf"Test1 with epoch \d: {scores}", end)
+
+
+def test_deleted_epochs(launch, encoder, tmp_path, monkeypatch):
+    """A run whose epochs were deleted is run anew. An encoder given by a relative path is found
+    from another folder, too."""
+    monkeypatch.chdir(Path(encoder).parent)
+    launch(tmp_path, "--model", Path(encoder).name)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).unlink()
+    launch(tmp_path, "--model", Path(encoder).name, "--resume")
+    monkeypatch.chdir(tmp_path)
+    models.load_run(tmp_path)
+
+
+def test_defaults(monkeypatch):
+    """Evaluation batches are as large as training's. On a CPU either kind of bf16 instructions
+    makes bf16 the default, and none fp32."""
+    given = ["--data", "x", "--out", "x", "--batch-size", "6", "--device", "cpu"]
+    for able, precision in ((), "fp32"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16"):
+        able = dict.fromkeys(able, True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        args = train.parse_args(given)
+        assert (args.precision, args.eval_batch_size) == (precision, 6)
+
+
+def test_too_small_splits(launch, corpus, encoder, other_corpus, tmp_path, monkeypatch):
+    """A split of one utterance has no CCC; of 12, no batch of 13 processes."""
+    root = other_corpus(lambda rows: rows[:13] + rows[20:])
+    with pytest.raises(ValueError, match="'Development' has 1 usable utterances"):
+        launch(tmp_path / "run", "--data", root)
+    monkeypatch.setattr(train, "PROCESSES", 13)
+    line = f"--data {corpus} --model {encoder} --out {tmp_path} --batch-size 13 --device cpu"
+    with pytest.raises(ValueError, match="split Train is too small for 13 processes"):
+        train.run(train.parse_args(line.split()))
+
+
+def test_peak_memory():
+    """The peak stays when memory is freed: Table II depends on it."""
+    block = bytearray(b"x") * 200_000_000
+    peak = train.peak_memory("cpu")
+    del block
+    assert train.peak_memory("cpu") > peak - 50_000_000
 
 
 def test_a_loss_that_is_not_finite(launch, tmp_path, monkeypatch):
