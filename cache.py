@@ -8,7 +8,7 @@ it was made from, whose hidden states it holds, how many frames of each, and a c
 There is no index that could disagree with them. All above the line `# ---- command line ----`
 needs no other file of this project: copy it.
 
-    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # train.py --cache does it, too
+    python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # or train.py --cache
     python cache.py --out cache/last-3 --verify                         # read all of it back
 
 In comments: S samples, T frames, D width, A attributes.

@@ -67,7 +67,8 @@ def read_csv(path):
     if len(rows) < 2 or len(table) < len(rows) or None in table:
         raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
     for row in rows:
-        # Two columns of a name are one key. None is the key of too many cells, the value of too few.
+        # Two columns of a name are one key. Cells too many have the key None, and cells too few the
+        # value None.
         if len(row) < len(reader.fieldnames) or None in row or None in row.values():
             raise ValueError(
                 f"'{path}': a column twice, or too few or too many cells: {row!s:.200}"
@@ -118,7 +119,8 @@ def shell(command):
     Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show a dagger.
+    # Not every terminal can show a dagger. A notebook's stdout, and none at all, lack the method.
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
     try:
         try:

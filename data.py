@@ -33,7 +33,7 @@ from tqdm import tqdm
 ATTRIBUTES = {"activation": "Act", "valence": "Val", "dominance": "Dom"}  # column: "Emo" + this
 PAPER = ["activation", "valence"]  # the attributes that the paper predicts
 SPLITS = ["Train", "Development", "Test1", "Test2", "Test3"]  # Test3's labels are withheld
-SCALE = [1, 7]  # the least and the greatest label of MSP-Podcast
+SCALE = [1, 7]  # the least and the greatest label of MSP-Podcast; a list, as in JSON
 MIN_SAMPLES = 400  # at the encoder's rate: one frame of every supported encoder's CNN
 MAX_SECONDS = 60  # our choice: attention's memory grows with T squared; MSP-Podcast ends at 11 s
 
@@ -121,7 +121,7 @@ LABEL_FILES = str.split("""Labels/labels_consensus.csv labels/labels_consensus.c
     Labels/labels_concensus.csv labels/labels_concensus.csv
     Label/labels_concensus.csv label/labels_concensus.csv""")
 AUDIO_FOLDERS = str.split("Audios Audio audios audio")
-# There is no such file, but a folder, or a link to itself, or no file can have such a name.
+# What `open` says if a name is of nothing, of a folder, of a link to itself, or too long.
 NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
@@ -216,7 +216,8 @@ def check_audio(utterances, sample_rate=16000):
                 raise
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
-            where = f"{u.name!r}: no such file, or a link to none; alike: {files.get(simplify(u.name))!a}"
+            alike = files.get(simplify(u.name))
+            where = f"{u.name!r}: no such file, or a link to none; alike: {alike!a}"
             problems.append(Problem("missing audio", where, u.split))
     return good, problems
 
@@ -281,7 +282,7 @@ def require(utterances, splits, least=1):
     for split in splits:
         size = sum(u.split == split for u in utterances)
         if size < least:
-            raise ValueError(f"split {split!r} has {size} usable utterances, of {least} at least")
+            raise ValueError(f"split {split!r} has {size} usable utterances, and needs {least}")
 
 
 # The second line is audio that only ffmpeg reads: it is found, and then refused by name.
@@ -419,9 +420,9 @@ def read_blocks(sound, file, start=0.0, stop=None):
     tolerance = 0.1 * rate + 0.01 * samples
     if sound.frames - samples > tolerance:
         raise ValueError(TRUNCATED)
-    # An MP3 may lack its length, which libsndfile then estimates from the first frame's bit rate, and
-    # two FLACs may have been joined: sound is left after the end. A tag, of title and artist, is no
-    # sound.
+    # Sound may be left after the end. An MP3 may lack its length, which libsndfile then estimates
+    # from the first frame's bit rate, and two FLACs may have been joined. A tag, of title and
+    # artist, is no sound.
     decoded = file.tell()  # bytes
     rest = file.read()
     tagged = rest.startswith((b"TAG", b"APETAGEX"))

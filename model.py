@@ -196,8 +196,8 @@ class EmotionModel(nn.Module):
             return cnn(wave).transpose(1, 2)
         # Base encoders have a GroupNorm over time here: zeros after a waveform would change every
         # frame of it, so each waveform goes through the CNN alone.
-        waves = [row[None, :n] for row, n in zip(wave, samples, strict=True)]
-        return pad_sequence([cnn(wave)[0].T for wave in waves], batch_first=True)
+        alone = [cnn(row[None, :n])[0].T for row, n in zip(wave, samples, strict=True)]  # (T, C)
+        return pad_sequence(alone, batch_first=True)
 
     def mask(self, hidden, frames):
         """(B, T) bool, False in padding; None where nothing is masked."""
@@ -367,8 +367,8 @@ def trainable(model):
 
 # ---- load an encoder ----
 
-# These values replace those of an encoder's config.json. No prediction depends on them, but what
-# Hugging Face's own forward does or returns does, which an exported model runs.
+# These values replace those of an encoder's config.json. They decide what Hugging Face's own
+# forward does and returns, which an exported model runs. No prediction here depends on them.
 OVERRIDES = {
     "gradient_checkpointing": False,
     "layerdrop": 0.0,
@@ -396,7 +396,7 @@ def load_encoder(name):
         name,
         config=config,
         dtype=torch.float32,
-        attn_implementation="eager",  # All families have it. EmotionModel sets another, or replaces it.
+        attn_implementation="eager",  # All families have it, and EmotionModel replaces it.
         ignore_mismatched_sizes=True,  # They are refused below, by the same line as missing ones.
         output_loading_info=True,
     )
@@ -430,8 +430,8 @@ def from_pretrained(auto, name, **options):
     """auto.from_pretrained, quietly, never running code of a folder. ValueError of one line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    there = os.path.isdir(name)
-    with blame(name if there else f"{name} (no folder here: give its place by --model)"):
+    hint = "" if os.path.isdir(name) else " (no folder here: give its place by --model)"
+    with blame(name + hint):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 
@@ -548,7 +548,7 @@ def predict(args):
         utterances = data.find_audio(args.audio)
     failed = False
     with open_csv(args.csv, header) as writer:
-        # No bar among rows on the terminal. With disable=None, there is one if stderr is a terminal.
+        # No bar among rows on the terminal. With disable=None, only a terminal's stderr has one.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
                 for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
@@ -656,7 +656,7 @@ def describe(args, model, masked):
         facts = json.loads(path.read_text())
         return f"""# Emotion in speech: {", ".join(model.attributes)}
 
-{facts["model"]}, finetuned in {model.padding} padding. CCCs and n of its test split: {facts["test"]}.
+{facts["model"]}, finetuned in {model.padding} padding. CCCs and n of its test: {facts["test"]}.
 A logit x is {low:g} + {high - low:g} x on the scale {low:g} to {high:g} of its labels.
 {"Files may be scored in batches." if masked else "Score each file alone: padding changes scores."}
 To open files, the pipeline needs ffmpeg.

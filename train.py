@@ -424,8 +424,8 @@ def check_place(args):
 
 
 def holds_epochs(args):
-    """Whether --out holds an epoch of a run: last.pt, best.pt or both. One is enough, as a new run
-    would write over it."""
+    """Whether --out holds an epoch of a run. Any .pt file is enough, as a new run might write over
+    it."""
     return any(args.out.glob("*.pt"))
 
 

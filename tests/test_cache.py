@@ -124,7 +124,7 @@ def test_any_iterable_is_filled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [70_000.0, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_not_stored(value, tmp_path):
-    """What float16 cannot hold, NaN, and no frame at all, are refused by name; float32 holds more."""
+    """What float16 cannot hold, NaN and no frame at all are refused by name; float32 holds more."""
     odd = torch.ones(3, 4)
     odd[1, 2] = value
     for wrong in (odd, odd[:0]):

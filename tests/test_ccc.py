@@ -96,7 +96,7 @@ def test_command(tmp_path, capsys):
 
 def test_spaces_and_any_bytes(tmp_path, capfd, monkeypatch):
     """Spaces after commas are no part of a name, and a FileName need not be UTF-8. What a terminal
-    cannot show is escaped."""
+    cannot show is escaped; there may be no stdout, or that of a notebook."""
     path = tmp_path / "p.csv"
     path.write_bytes(b"FileName, Act, EmoAct\n\xff.wav, 1, 1\nb, 2, 2\n")
     main([str(path)])
@@ -105,6 +105,9 @@ def test_spaces_and_any_bytes(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
     shell(lambda: print("\u2020"))
     assert shown.getvalue() == b"\\u2020\n"
+    for other in (None, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", other)
+        shell(lambda: print("1"))
 
 
 WRONG = {  # a predictions file, and what is said of it
@@ -114,7 +117,10 @@ WRONG = {  # a predictions file, and what is said of it
     "empty": ("FileName,Act,EmoAct a,1,1 b,,2", "'b' lacks a prediction or label"),
     "cut off": ("FileName,Act,EmoAct a,1,1 b,2", "too few or too many cells"),
     "decimal commas": ("FileName,Act,EmoAct a,1,5,1 b,2,5,2", "too few or too many cells"),
-    "both": ("FileName,Act,Act,EmoAct a,1,1,1,1 b,2,3,4,5", "a column twice"),
+    "a column twice and a cell too many": (
+        "FileName,Act,Act,EmoAct a,1,1,1,1 b,2,3,4,5",
+        "a column twice",
+    ),
     "a column twice": ("FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4", "a column twice"),
     "no labels": ("FileName,Act,Val a,1,1 b,2,2", "--labels"),
     "no predictions": ("FileName,EmoAct,EmoVal a,1,1 b,2,2", "no column Act"),

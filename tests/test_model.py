@@ -722,8 +722,8 @@ def test_windows(small, score, tmp_path):
 
 
 def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
-    """`predict` goes on past a file that cannot be used: a line on stderr each, status 1. Notes there
-    name silence, and say that a paper run was trained in padded batches."""
+    """`predict` goes on past a file that cannot be used: a line on stderr each, status 1. Notes
+    there name silence, and say that a paper run was trained in padded batches."""
     for name in ("1.wav", "3.wav"):
         shutil.copy(min(Path(corpus, "Audios").glob("*.wav")), tmp_path / name)
     (tmp_path / "2.wav").write_bytes(b"no sound")
