@@ -60,7 +60,7 @@ def encode(model, recordings, device):
 
 
 def fill(folder, fingerprint, items, process=0):
-    """Step 2: write hidden states into shards of a folder.
+    """Step 2: write hidden states into shards of a folder, packed without padding.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
     items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
@@ -70,44 +70,43 @@ def fill(folder, fingerprint, items, process=0):
     for hidden states without a frame, or not finite in that dtype. The greatest float16 is 65,504.
     """
     os.makedirs(folder, exist_ok=True)
-    dtype = DTYPES[fingerprint["dtype"]]
-    pending = []  # items of the next shard
+    items = iter(items)  # Each shard takes the next of them.
+    for number in itertools.count():
+        path = Path(folder, f"shard-{process}-{number:05}.pt")
+        if path.exists():
+            continue  # Nothing is written over.
+        began = time.perf_counter()
+        shard = list(take(items, DTYPES[fingerprint["dtype"]]))
+        if not shard:
+            return
+        names, hidden, audio_crcs = map(list, zip(*shard))
+        content = {
+            "fingerprint": fingerprint,
+            "names": names,
+            "frames": [len(states) for states in hidden],
+            "checksums": [checksum(fingerprint, name, states) for name, states, _ in shard],
+            "audio": audio_crcs,
+            "seconds": time.perf_counter() - began,  # also those in which `items` were computed
+            "hidden": torch.cat(hidden),  # (sum of T, D)
+        }
+        with atomic(path) as file:
+            torch.save(content, file)
+        del shard, hidden, content  # Only one shard at a time is in memory.
+
+
+def take(items, dtype):
+    """Yield the next of `items`, as they are stored, until they fill a shard."""
     size = 0
-    began = time.perf_counter()
     for name, hidden, audio_crc in items:
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
         total = hidden.sum(dtype=torch.float32)  # Not finite if an element is not: a fast test.
         if not (len(hidden) and total.isfinite()):
             raise ValueError(f"'{name}': empty, NaN, or too great for {dtype} (--dtype float32)")
-        pending.append((name, hidden, audio_crc))
+        yield name, hidden, audio_crc
         size += hidden.nbytes
         if size >= SHARD_BYTES:
-            write_shard(folder, fingerprint, pending, process, began)
-            pending = []
-            size = 0
-            began = time.perf_counter()
-    if pending:
-        write_shard(folder, fingerprint, pending, process, began)
-
-
-def write_shard(folder, fingerprint, items, process, began):
-    """One file of items as `fill` takes them: the states, packed without padding, and all that is
-    known about them. `seconds` count from `began`, when the first item began to be computed."""
-    names, hidden, audio_crcs = zip(*items, strict=True)
-    content = {
-        "fingerprint": fingerprint,
-        "names": list(names),
-        "frames": [len(states) for states in hidden],
-        "checksums": [checksum(fingerprint, name, states) for name, states, _ in items],
-        "audio": list(audio_crcs),  # CRC-32 of the recordings
-        "seconds": time.perf_counter() - began,
-        "hidden": torch.cat(hidden),  # (sum of T, D)
-    }
-    paths = (Path(folder, f"shard-{process}-{number:05}.pt") for number in itertools.count())
-    path = next(path for path in paths if not path.exists())  # Nothing is written over.
-    with atomic(path) as file:
-        torch.save(content, file)
+            return
 
 
 def checksum(fingerprint, name, hidden):
