@@ -17,6 +17,7 @@ In comments: S samples, T frames, D width, A attributes.
 import argparse
 import contextlib
 import fcntl
+import functools
 import io
 import itertools
 import json
@@ -25,7 +26,6 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,10 +116,14 @@ def checksum(fingerprint, name, hidden):
     return zlib.crc32(hidden.numpy(), zlib.crc32(claim.encode()))
 
 
+@functools.cache
 def open_shard(path):
     """A shard's content, its hidden states mapped and not read, and "rows": (name, frames,
     checksum, CRC of the recording) of each utterance. Only tensors and plain values are unpickled.
-    ValueError for damage."""
+    ValueError for damage.
+
+    Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
+    """
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
@@ -138,12 +142,13 @@ def open_shard(path):
 def read_entries(folder):
     """What a folder holds -> {name: Entry}, the fingerprint of its shards (None without one), and
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
+    open_shard.cache_clear()  # What is in the folder may have changed.
     entries = {}
     fingerprint = None
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
     for path in sorted(Path(folder).glob("shard-*.pt")):
-        shard = open_shard(path)
+        shard = open_shard(str(path))
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
             raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
@@ -162,6 +167,7 @@ class CachedDataset:
     entries : of read_entries
     utterances : objects with name, and labels, A floats on 0 to 1
 
+    Pickled, for a DataLoader with processes, it carries the entries and not the shards.
     `lengths` are in frames. KeyError where an utterance is not in the cache, ValueError where it
     turns out to be damaged as it is read.
     """
@@ -171,12 +177,6 @@ class CachedDataset:
         self.entries = [entries[u.name] for u in utterances]
         self.lengths = [entry.frames for entry in self.entries]
         self.targets = torch.tensor([u.labels for u in utterances], dtype=torch.float32)  # (N, A)
-        # Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
-        self.shards = {}
-
-    def __getstate__(self):
-        """Pickled, for a DataLoader with processes, it carries the entries and not the shards."""
-        return self.__dict__ | {"shards": {}}
 
     def __len__(self):
         return len(self.utterances)
@@ -184,9 +184,7 @@ class CachedDataset:
     def __getitem__(self, i):
         name = self.utterances[i].name
         entry = self.entries[i]
-        if entry.path not in self.shards:
-            self.shards[entry.path] = open_shard(entry.path)
-        shard = self.shards[entry.path]
+        shard = open_shard(entry.path)
         hidden = shard["hidden"][entry.start : entry.start + entry.frames].clone()
         if checksum(shard["fingerprint"], name, hidden) != entry.checksum:
             raise ValueError(f"'{entry.path}' is damaged at '{name}': delete it, and fill again")
@@ -261,7 +259,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
-        load = partial(read_recording, sample_rate=rate)
+        load = functools.partial(read_recording, sample_rate=rate)
         recordings = data.read_ahead(load, missing, args.workers, "fill")
         fill(folder, fingerprint, encode(model, recordings, args.device), process)
 

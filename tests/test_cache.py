@@ -145,7 +145,7 @@ def test_a_pickled_dataset_carries_no_shards(cached):
     pickled = pickle.dumps(dataset)
     for hidden, target in (dataset[i] for i in range(28)):
         assert target == 0.5 and len(hidden) in dataset.lengths
-    assert len(dataset.shards) == 1 and len(pickle.dumps(dataset)) == len(pickled) < 10_000
+    assert len(pickle.dumps(dataset)) == len(pickled) < 10_000
     assert torch.equal(pickle.loads(pickled)[5][0], dataset[5][0])
     with pytest.raises(KeyError, match="other"):
         cache.CachedDataset(entries, [*utterances, SimpleNamespace(name="other", labels=())])
