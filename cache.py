@@ -36,16 +36,6 @@ SHARD_BYTES = 256 * 2**20  # About an hour of speech. An interruption loses at m
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-class Entry(NamedTuple):
-    """Where the hidden states of an utterance are."""
-
-    path: str  # of the shard
-    start: int  # their first frame in it
-    frames: int
-    checksum: int
-    audio_crc: int | None  # CRC-32 of the recording's file as it was read, if there was one
-
-
 @torch.no_grad()
 def encode(model, recordings, device):
     """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
@@ -116,20 +106,41 @@ def checksum(fingerprint, name, hidden):
     return zlib.crc32(hidden.numpy(), zlib.crc32(claim.encode()))
 
 
+class Entry(NamedTuple):
+    """Where the hidden states of an utterance are, and what is known of them."""
+
+    path: Path  # of the shard
+    start: int  # their first frame in it
+    name: str
+    frames: int
+    checksum: int
+    audio_crc: int | None  # CRC-32 of the recording's file as it was read, if there was one
+
+    def read(self):
+        """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged."""
+        shard = open_shard(self.path)
+        hidden = shard["hidden"][self.start : self.start + self.frames].clone()
+        if checksum(shard["fingerprint"], self.name, hidden) != self.checksum:
+            raise ValueError(
+                f"'{self.path}' is damaged at '{self.name}': delete it, and fill again"
+            )
+        return hidden
+
+
 @functools.cache
 def open_shard(path):
-    """A shard's content, its hidden states mapped and not read, and "rows": (name, frames,
-    checksum, CRC of the recording) of each utterance. Only tensors and plain values are unpickled.
-    ValueError for damage.
+    """A shard's content, its hidden states mapped and not read, and, made from its lists, its
+    "entries" {name: Entry}. Only tensors and plain values are unpickled. ValueError for damage.
 
     Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
     """
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        shard["rows"] = list(zip(*columns, strict=True))
-        set(shard["names"])  # A TypeError, and so damage, if a name is a list.
-        fits = sum(shard["frames"]) == len(shard["hidden"]) and min(shard["frames"]) > 0
+        starts = itertools.accumulate(shard["frames"], initial=0)
+        rows = zip(starts, zip(*columns, strict=True))
+        shard["entries"] = {row[0]: Entry(path, start, *row) for start, row in rows}
+        fits = sum(shard["frames"]) == len(shard["hidden"])
         if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
             raise ValueError("its lists are not of what it holds")
     except OSError:
@@ -148,14 +159,11 @@ def read_entries(folder):
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
     for path in sorted(Path(folder).glob("shard-*.pt")):
-        shard = open_shard(str(path))
+        shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
             raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
-        start = 0
-        for name, frames, check, audio_crc in shard["rows"]:
-            entries[name] = Entry(str(path), start, frames, check, audio_crc)
-            start += frames
+        entries |= shard["entries"]
         process = path.name.split("-")[1]
         seconds[process] += shard["seconds"]
     return entries, fingerprint, max(seconds.values(), default=0.0)
@@ -182,13 +190,7 @@ class CachedDataset:
         return len(self.utterances)
 
     def __getitem__(self, i):
-        name = self.utterances[i].name
-        entry = self.entries[i]
-        shard = open_shard(entry.path)
-        hidden = shard["hidden"][entry.start : entry.start + entry.frames].clone()
-        if checksum(shard["fingerprint"], name, hidden) != entry.checksum:
-            raise ValueError(f"'{entry.path}' is damaged at '{name}': delete it, and fill again")
-        return hidden, self.targets[i]
+        return self.entries[i].read(), self.targets[i]
 
 
 @contextlib.contextmanager
@@ -329,18 +331,15 @@ def verify(folder, root):
     paths = {}
     if root:
         utterances, _ = data.read_corpus(root, attributes=())  # Labels are of no interest here.
-        paths = {u.name: u.path for u in utterances}
-    utterances = [data.Utterance(name, paths.get(name)) for name in entries]
-    dataset = CachedDataset(entries, utterances)
+        paths = {u.name: Path(u.path) for u in utterances}
     defects = 0
-    for i, u in enumerate(data.progress(utterances, "verify")):
+    for name, entry in data.progress(entries.items(), "verify"):
         try:
-            dataset[i]  # raises an error if it is damaged
-            entry = entries[u.name]
+            entry.read()
             # Where another program called `fill`, there may be no CRC of the recording.
-            known = u.path and entry.audio_crc is not None
-            if known and zlib.crc32(Path(u.path).read_bytes()) != entry.audio_crc:
-                raise ValueError(f"'{u.path}' has changed: delete '{entry.path}'")
+            known = name in paths and entry.audio_crc is not None
+            if known and zlib.crc32(paths[name].read_bytes()) != entry.audio_crc:
+                raise ValueError(f"'{paths[name]}' has changed: delete '{entry.path}'")
         except (ValueError, OSError) as error:
             tqdm.write(str(error))
             defects += 1
