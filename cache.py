@@ -242,13 +242,19 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     """
     import data  # Only commands need it, and no part of what is copied.
 
+    def load(utterance):
+        """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
+        file = io.BytesIO(Path(utterance.path).read_bytes())
+        file.name = utterance.path  # what an error names
+        wave = data.load_audio(file, model.sample_rate)
+        return utterance.name, torch.from_numpy(wave), zlib.crc32(file.getbuffer())
+
     process, processes = process_numbers()
     # A share is by position in the corpus, and not in what is missing now. Thus processes that look
     # at different moments leave no gap between them.
     fingerprint, missing = look(folder, model, utterances[process::processes], dtype)
     model.cut = fingerprint["cut"]
-    rate = model.sample_rate
-    wanted = data.usable(missing, rate, args.skip_bad)  # It counts their samples, too.
+    wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
         return
     with lock(folder, f".lock-{process}", wait=True):
@@ -261,7 +267,6 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
-        load = functools.partial(read_recording, sample_rate=rate)
         recordings = data.read_ahead(load, missing, args.workers, "fill")
         fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
@@ -297,16 +302,6 @@ def look(folder, model, utterances, dtype):
         other = {k: stored.get(k) for k in fingerprint if stored.get(k) != fingerprint[k]}
         raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
     return fingerprint, [u for u in utterances if u.name not in entries]
-
-
-def read_recording(utterance, sample_rate):
-    """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
-    import data
-
-    file = io.BytesIO(Path(utterance.path).read_bytes())
-    file.name = utterance.path  # what an error names
-    audio_crc = zlib.crc32(file.getbuffer())
-    return utterance.name, torch.from_numpy(data.load_audio(file, sample_rate)), audio_crc
 
 
 def process_numbers():
