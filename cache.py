@@ -252,8 +252,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     process, processes = process_numbers()
     # A share is by position in the corpus, and not in what is missing now. Thus processes that look
     # at different moments leave no gap between them.
-    fingerprint, missing = look(folder, model, utterances[process::processes], dtype)
-    model.cut = fingerprint["cut"]
+    _, missing = look(folder, model, utterances[process::processes], dtype)
     wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
         return
@@ -261,7 +260,6 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = look(folder, model, wanted, dtype)
-        model.cut = fingerprint["cut"]
         frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
@@ -273,7 +271,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
 
 def look(folder, model, utterances, dtype):
     """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
-    those of `utterances` that it lacks.
+    those of `utterances` that it lacks. The model's cut becomes the folder's.
 
     A folder with shards keeps its cut and dtype. A new one gets the model's cut, and `dtype` or, if
     that is None, float16. ValueError where the shards differ from the model or from `dtype`.
@@ -301,6 +299,7 @@ def look(folder, model, utterances, dtype):
     if stored and stored != fingerprint:
         other = {k: stored.get(k) for k in fingerprint if stored.get(k) != fingerprint[k]}
         raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
+    model.cut = cut
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 
