@@ -281,16 +281,14 @@ def look(folder, model, utterances, dtype):
     foreign = [name for name in names if not name.startswith((".lock", "shard-"))]
     if foreign and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
-    own = stored or {"cut": model.cut, "dtype": "float16"}
+    own = stored or {"dtype": "float16"}
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
     # after it: stages that are to be trained would be in the cache.
-    cut = own.get("cut")
-    if cut not in range(1, model.cut + 1):
-        layers = len(model.encoder.encoder.layers) + 1 - model.cut
-        raise ValueError(f"'{folder}' has cut {cut}: fill another folder with --layers {layers}")
+    if own.get("cut") in range(1, model.cut):
+        model.cut = own["cut"]
     fingerprint = {
         "encoder_sha256": model.encoder_sha256,
-        "cut": cut,
+        "cut": model.cut,
         "dtype": dtype or own["dtype"],
         "sample_rate": model.sample_rate,
         "normalise": model.normalise,
@@ -298,8 +296,9 @@ def look(folder, model, utterances, dtype):
     }
     if stored and stored != fingerprint:
         other = {k: stored.get(k) for k in fingerprint if stored.get(k) != fingerprint[k]}
-        raise ValueError(f"'{folder}' was made with {other}, not as now: give another folder")
-    model.cut = cut
+        raise ValueError(
+            f"'{folder}' was made with {other}, not as now (cut {model.cut}): give another folder"
+        )
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 

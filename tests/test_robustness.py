@@ -167,7 +167,7 @@ BAD = [  # what is spoiled, the command, what the error says
         "was made with {'sample_rate': 16000",
     ),
     (None, f"{TRAIN} --cache corpus{LATE}", "'corpus' is no cache"),
-    (None, f"{TRAIN} --cache cache --layers 3{LATE}", "fill another folder with --layers 3"),
+    (None, f"{TRAIN} --cache cache --layers 3{LATE}", "{'cut': 3}, not as now (cut 2)"),
     (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is nan; try a smaller"),
     (None, f"{TRAIN} --model ./gone", "'./gone (no folder here"),
     (None, f"{TRAIN} --out encoder", "'encoder' holds no run, and ['config.json']"),
