@@ -277,8 +277,8 @@ def look(folder, model, utterances, dtype):
     that is None, float16. ValueError where the shards differ from the model or from `dtype`.
     """
     entries, stored, _ = read_entries(folder)
-    names = [path.name for path in Path(folder).glob("*")]
-    foreign = [name for name in names if not name.startswith((".lock", "shard-"))]
+    seen = Path(folder).glob("[!.]*")  # Hidden files, locks among them, do not matter.
+    foreign = [path.name for path in seen if not path.match("shard-*")]
     if foreign and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
     own = stored or {"dtype": "float16"}
