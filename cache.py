@@ -110,7 +110,6 @@ class Entry(NamedTuple):
     """Where the hidden states of an utterance are, and what is known of them."""
 
     path: Path  # of the shard
-    start: int  # their first frame in it
     name: str
     frames: int
     checksum: int
@@ -119,7 +118,7 @@ class Entry(NamedTuple):
     def read(self):
         """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged."""
         shard = open_shard(self.path)
-        hidden = shard["hidden"][self.start : self.start + self.frames].clone()
+        hidden = shard["states"][self.name].clone()
         if checksum(shard["fingerprint"], self.name, hidden) != self.checksum:
             raise ValueError(
                 f"'{self.path}' is damaged at '{self.name}': delete it, and fill again"
@@ -129,20 +128,21 @@ class Entry(NamedTuple):
 
 @functools.cache
 def open_shard(path):
-    """A shard's content, its hidden states mapped and not read, and, made from its lists, its
-    "entries" {name: Entry}. Only tensors and plain values are unpickled. ValueError for damage.
+    """A shard's content, its hidden states mapped and not read, and, made from that, its "states"
+    {name: (T, D)} and "entries" {name: Entry}. Only tensors and plain values are unpickled.
+    ValueError for damage.
 
     Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
     """
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        starts = itertools.accumulate(shard["frames"], initial=0)
-        rows = zip(starts, zip(*columns, strict=True))
-        shard["entries"] = {row[0]: Entry(path, start, *row) for start, row in rows}
-        fits = sum(shard["frames"]) == len(shard["hidden"])
-        if not (fits and shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
-            raise ValueError("its lists are not of what it holds")
+        shard["entries"] = {row[0]: Entry(path, *row) for row in zip(*columns, strict=True)}
+        # An error, and so damage, if `frames` are not the lengths of all that it holds.
+        states = shard["hidden"].split(shard["frames"])
+        shard["states"] = dict(zip(shard["names"], states))
+        if not (shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
+            raise ValueError("not what `fill` writes")
     except OSError:
         raise  # It names its file itself.
     except Exception as error:  # whatever reading a damaged or hostile file raises
