@@ -295,10 +295,9 @@ def look(folder, model, utterances, dtype):
         "prefix_version": model.PREFIX_VERSION,
     }
     if stored and stored != fingerprint:
-        other = {k: stored.get(k) for k in fingerprint if stored.get(k) != fingerprint[k]}
-        raise ValueError(
-            f"'{folder}' was made with {other}, not as now (cut {model.cut}): give another folder"
-        )
+        keys = [key for key in fingerprint if stored.get(key) != fingerprint[key]]
+        other = "; ".join(f"{key} {stored.get(key)}, not {fingerprint[key]}" for key in keys)
+        raise ValueError(f"'{folder}' was made with {other}: give another folder")
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 
