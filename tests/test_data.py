@@ -303,7 +303,7 @@ def test_pieces_of_a_long_recording(kind, tmp_path):
 def test_pieces_of_gsm(tmp_path):
     """GSM, in which no place can be sought, is refused in pieces with what to do."""
     soundfile.write(tmp_path / "x", NOISE, 8000, "GSM610", format="WAV")
-    with pytest.raises(ValueError, match="x': its codec cannot be read in pieces; `ffmpeg"):
+    with pytest.raises(ValueError, match="x': damaged or not audio; .*`ffmpeg"):
         data.load_audio(tmp_path / "x", 8000, start=1, stop=2)
 
 
@@ -319,7 +319,7 @@ def test_truncated(kind, subtype, tmp_path):
     content = (tmp_path / "x").read_bytes()
     for size in (len(content) // 2, len(content) * 9 // 10):
         (tmp_path / "x").write_bytes(content[:size])
-        assert re.match("truncated|damaged", check_file(tmp_path / "x"))
+        assert re.match("truncated, |damaged", check_file(tmp_path / "x"))
 
 
 def change(content, place, new):
@@ -331,17 +331,21 @@ SECOND = {"wave": NOISE[:16000], "rate": 16000}
 SIZES = [2**32 - 1, 0x7FFFF000, 32016, 32028, 32044]  # ffmpeg's and SoX's streams; with the header
 SOUNDS = [  # container, what is done to a second of sound, what is said of it, or its samples
     *(("WAV", lambda c, n=n: change(c, 40, n.to_bytes(4, "little")), "16000") for n in SIZES),
-    ("WAV", lambda c: change(c, 40, bytes(4)), "no sound, or more .*`ffmpeg -ignore_length 1"),
-    ("WAV", lambda c: change(c, 40, b"\x00\x10\0\0"), "no sound, or more .*`ffmpeg"),
+    ("WAV", lambda c: change(c, 40, bytes(4)), "truncated, empty, .*`ffmpeg -ignore_length 1"),
+    ("WAV", lambda c: change(c, 40, b"\x00\x10\0\0"), "truncated, .*`ffmpeg"),
     ("WAV", lambda c: change(c, 24, (8000000).to_bytes(4, "little")), "impossible sample rate"),
-    ("FLAC", lambda c: change(c, 21, b"\xf0\0\0\0\0"), ".*does not tell its length; `ffmpeg"),
-    ("MP3", lambda c: c + c, "its length is only estimated, .*`ffmpeg"),
+    (
+        "FLAC",
+        lambda c: change(c, 21, b"\xf0\0\0\0\0"),
+        "truncated, .*header does not tell.*`ffmpeg",
+    ),
+    ("MP3", lambda c: c + c, "truncated, .*`ffmpeg"),
     ("WAV", lambda c: c + b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), "16000"),
     ("WAV", lambda c: change(c, 40, (33600).to_bytes(4, "little")), "truncated"),  # lacks .05 s
-    ("FLAC", lambda c: c + c, ".*there is more; `ffmpeg"),
+    ("FLAC", lambda c: c + c, "truncated, .*`ffmpeg"),
     ("MP3", lambda c: c + b"TAG" + bytes(125), "16000"),
     ("MP3", lambda c: c + b"APETAGEX" + bytes(5000), "16000"),
-    ("NIST", bytes, "a container whose end cannot be checked; `ffmpeg"),
+    ("NIST", bytes, "truncated, .*`ffmpeg"),
     ("WAV", lambda c: b"\0\0\0\x1cftypM4A " + c, "damaged or not audio; .*`ffmpeg"),
 ]
 SOUNDS = [({**SECOND, "kind": kind, "alter": alter}, said) for kind, alter, said in SOUNDS]
