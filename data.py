@@ -14,8 +14,8 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
-import tempfile
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -514,17 +514,17 @@ def write_encoder(folder, width=64, channels=32):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
-    something already."""
-    path = Path(path).absolute()
-    if path.is_file() or any(path.glob("*")):
-        raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
-        made = Path(folder, "made")
-        made.mkdir()
-        yield made
-        made.rename(path)
+    """A folder to fill, of which nothing is left if that fails. OSError where there is something
+    already."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"'{path}' exists: give the name of a new folder")
+    path.mkdir(parents=True)
+    try:
+        yield path
+    except BaseException:  # KeyboardInterrupt, too
+        shutil.rmtree(path)
+        raise
 
 
 def make_demo(root):

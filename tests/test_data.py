@@ -424,10 +424,9 @@ def test_synthetic_corpus(tmp_path):
 
 
 def test_demo_is_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
-    """The demo is written into a new or an empty folder, quietly; an existing one keeps its
-    labels, and nothing is left of a demo that failed."""
+    """The demo is written into a new folder, quietly; an existing one keeps its labels, and nothing
+    is left of a demo that failed."""
     monkeypatch.setattr(data.write_demo, "__defaults__", (0, (("Train", 1, 2),)))
-    (tmp_path / "demo").mkdir()
     data.main(["--demo", str(tmp_path / "demo")])
     assert (tmp_path / "demo" / "encoder" / "config.json").exists() and capfd.readouterr().err == ""
     write_labels(tmp_path / "real", b"mine")
