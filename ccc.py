@@ -9,7 +9,6 @@ In comments: B batch, N utterances, A attributes.
 """
 
 import argparse
-import csv
 import sys
 
 import torch
@@ -55,47 +54,29 @@ def ccc_loss(pred, target):
 # ---- command line ----
 
 
-def read_csv(path):
-    """{FileName: row} of a CSV file."""
-    # With surrogateescape, the name of a file may be any bytes.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        rows = list(reader)
-    table = {row.get("FileName"): row for row in rows}
-    # A name in two rows makes the table shorter than the rows. Without a column FileName, every
-    # name is None.
-    if len(rows) < 2 or len(table) < len(rows) or None in table:
-        raise ValueError(f"'{path}': fewer than 2 rows, no column FileName, or a name in two rows")
-    for row in rows:
-        # Two columns of a name are one key. Cells too many have the key None, and cells too few the
-        # value None.
-        if len(row) < len(reader.fieldnames) or None in row or None in row.values():
-            raise ValueError(
-                f"'{path}': a column twice, or too few or too many cells: {row!s:.200}"
-            )
-    return table
-
-
 def print_scores(path, labels=None):
     """Print the number of utterances and each CCC of a predictions file: FileName and any of Act,
     Val, Dom. Labels (EmoAct, EmoVal, EmoDom, on the same scale) are in that file, or in `labels`.
     """
-    pred = read_csv(path)
-    target = read_csv(labels) if labels else pred
-    first_row = next(iter(pred.values()))
-    columns = [column for column in ("Act", "Val", "Dom") if column in first_row]
+    import data  # Only the command needs it, and no part of what is copied.
+
+    pred = data.read_table(path)
+    target = data.read_table(labels) if labels else pred
+    columns = [c for c in ("Act", "Val", "Dom") if all(c in row for row in pred.values())]
     pairs = []
     for name, row in pred.items():
         try:
             pairs.append([(float(row[c]), float(target[name][f"Emo{c}"])) for c in columns])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"'{path}': {name!r} lacks a prediction or label ({error});"
                 " if labels are in another file, give --labels"
             ) from error
     pairs = torch.tensor(pairs, dtype=torch.float64)  # (N, A, 2)
-    if not (columns and pairs.isfinite().all()):
-        raise ValueError(f"'{path}': no column Act, Val or Dom, or NaN or infinity in them")
+    if len(pairs) < 2 or not (columns and pairs.isfinite().all()):
+        raise ValueError(
+            f"'{path}': fewer than 2 rows, no column Act, Val or Dom, or NaN or infinity in them"
+        )
     scores = ccc(pairs[..., 0], pairs[..., 1])
     cells = [f"n {len(pred)}"]
     for column, score in zip(columns, scores, strict=True):
@@ -125,7 +106,7 @@ def shell(command):
     try:
         try:
             command()
-        except (ValueError, OSError, MemoryError, csv.Error) as error:
+        except (ValueError, OSError, MemoryError) as error:
             leave(2, f"error: {error}\n")
     except KeyboardInterrupt:
         leave(130, "interrupted; run the same line again (train.py: with --resume)\n")

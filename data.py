@@ -143,58 +143,56 @@ def to_unit(cell, low, high):
     return math.nan
 
 
-def read_table(path, columns):
-    """Rows of a label file, each with the number of its last line: [(line, {column: cell})].
-    ValueError where the file lacks one of `columns`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or []
-            rows = [(reader.line_num, row) for row in reader]
-    except (csv.Error, UnicodeError) as error:
-        raise ValueError(f"{path}: {error}; save it as CSV in UTF-8") from error
-    missing = [column for column in columns if header.count(column) != 1]
-    if missing:
-        # A file whose cells are separated by semicolons or tabs has one long column.
-        hint = {0: "it is empty", 1: "separate its cells by commas"}.get(len(header), "add it")
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}, or two, in {header[:20]}; {hint}"
-        )
-    return rows
+def read_table(path, columns=()):
+    """Rows of a CSV file by their names: {FileName: {column: cell}}. ValueError where it lacks one
+    of `columns`, or does not give each file one row, and each column one cell."""
+    table = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True, skipinitialspace=True)
+        try:
+            header = next(reader, [])
+            for column in ("FileName", *columns):
+                if column not in header:
+                    raise ValueError(f"no column {column} in {header[:20]}")
+            for cells in filter(None, reader):  # without empty lines
+                row = dict(zip(header, cells))
+                name = row.get("FileName")
+                # A column that stands twice is one key. Cells too many are in no row.
+                if name in table or not len(row) == len(cells) == len(header):
+                    counts = f"{len(cells)} cells for {len(set(header))} columns"
+                    raise ValueError(f"{counts}, or a second row of {name!r}")
+                table[name] = row
+        except (csv.Error, ValueError) as error:
+            remedy = "correct it, or save it as CSV in UTF-8, cells separated by commas"
+            raise ValueError(f"'{path}', line {reader.line_num}: {error}; {remedy}") from error
+    return table
 
 
 def read_corpus(root, attributes=PAPER, scale=SCALE):
     """All rows of a label file -> ([Utterance], [Problem]: a row that cannot be used). The audio is
-    not looked at. OSError or ValueError where the file cannot be read or lacks a column."""
+    not looked at. OSError or ValueError where the file cannot be read as a table."""
     low, high = scale
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
     folder = find(root, AUDIO_FOLDERS)
-    columns = ["FileName", "SpkrID", "Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
+    columns = ["Split_Set", "SpkrID", *("Emo" + ATTRIBUTES[a] for a in attributes)]
     utterances = []
     problems = []
-    names = set()
-    for line, row in read_table(find(root, LABEL_FILES), columns):
-        name, speaker, split, *cells = ((row[column] or "").strip() for column in columns)
+    for name, row in read_table(find(root, LABEL_FILES), columns).items():
+        split, speaker, *cells = (row[column] for column in columns)
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
-        kind = None
-        if None in row or None in row.values():  # DictReader's sign of too many, or too few
-            kind = "too few or too many cells"
-        elif split not in SPLITS:
+        if split not in SPLITS:
             kind = f"unknown split, not of {SPLITS}"
-        elif name in names:
-            kind = "repeated name"
-        elif "/" in name or "\0" in name:  # ../other.wav
+        elif "/" in name:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
-        names.add(name)
-        if kind:
-            where = f"line {line}: {name!r} {split!r} {cells}"  # quoted: a cell may hold anything
-            problems.append(Problem(kind, where, split if split in SPLITS else ""))
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, speaker, labels))
+            continue
+        where = f"{name!r} {split!r} {cells}"  # quoted: a cell may hold anything
+        problems.append(Problem(kind, where, split if split in SPLITS else ""))
     return utterances, problems
 
 

@@ -94,11 +94,11 @@ def test_command(tmp_path, capsys):
         assert capsys.readouterr().out == f"n 40  Act {act:.4f}  Val {val:.4f}\n"
 
 
-def test_spaces_and_any_bytes(tmp_path, capfd, monkeypatch):
-    """Spaces after commas are no part of a name, and a FileName need not be UTF-8. What a terminal
-    cannot show is escaped; there may be no stdout, or that of a notebook."""
+def test_spaces_and_stdout(tmp_path, capfd, monkeypatch):
+    """Spaces after commas are no part of a name. What a terminal cannot show is escaped; there may
+    be no stdout, or that of a notebook."""
     path = tmp_path / "p.csv"
-    path.write_bytes(b"FileName, Act, EmoAct\n\xff.wav, 1, 1\nb, 2, 2\n")
+    path.write_bytes(b"FileName, Act, EmoAct\na, 1, 1\nb, 2, 2\n")
     main([str(path)])
     assert capfd.readouterr().out == "n 2  Act 1.0000\n"
     shown = io.BytesIO()
@@ -115,18 +115,21 @@ WRONG = {  # a predictions file, and what is said of it
     "infinity": ("FileName,Act,EmoAct a,1,1 b,2,inf", "NaN or infinity"),
     "no number": ("FileName,Act,EmoAct a,1,1 b,x,2", "'b' lacks a prediction or label"),
     "empty": ("FileName,Act,EmoAct a,1,1 b,,2", "'b' lacks a prediction or label"),
-    "cut off": ("FileName,Act,EmoAct a,1,1 b,2", "too few or too many cells"),
-    "decimal commas": ("FileName,Act,EmoAct a,1,5,1 b,2,5,2", "too few or too many cells"),
+    "cut off": ("FileName,Act,EmoAct a,1,1 b,2", "line 3: 2 cells for 3 columns"),
+    "decimal commas": ("FileName,Act,EmoAct a,1,5,1 b,2,5,2", "4 cells for 3 columns"),
     "a column twice and a cell too many": (
         "FileName,Act,Act,EmoAct a,1,1,1,1 b,2,3,4,5",
-        "a column twice",
+        "5 cells for 3 columns",
     ),
-    "a column twice": ("FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4", "a column twice"),
+    "a column twice": ("FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4", "4 cells for 3 columns"),
     "no labels": ("FileName,Act,Val a,1,1 b,2,2", "--labels"),
     "no predictions": ("FileName,EmoAct,EmoVal a,1,1 b,2,2", "no column Act"),
     "no names": ("File,Act,EmoAct a,1,1 b,2,2", "no column FileName"),
     "one row": ("FileName,Act,EmoAct a,1,1", "fewer than 2 rows"),
-    "repeated": ("FileName,Act,EmoAct a,1,1 b,2,2 a,1,1", "a name in two rows"),
+    "repeated": (
+        "FileName,Act,EmoAct a,1,1 b,2,2 a,1,1",
+        "line 4: 3 cells for 3 columns, or a second row of 'a'",
+    ),
 }
 
 
@@ -140,4 +143,4 @@ def test_wrong_files(case, tmp_path, capsys):
         shell(lambda: main([str(path)]))
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.count("\n") == 1
-    assert error.startswith(f"error: '{path}': ") and reason in error
+    assert error.startswith(f"error: '{path}'") and reason in error

@@ -151,7 +151,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{PREDICT} --csv /dev/full", "No space left on device: '/dev/full'"),
     (None, PREDICT.replace(CLIP, f"/dev/fd/{os.pipe()[0]}"), "a pipe; save it as a file"),
     (None, "model predict run --model encoder cache", "cache"),
-    (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a name in two"),
+    (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a second row of"),
     (
         lambda: (replace(TYPE, CODE, CONFIG), write("encoder/evil.py", OPEN)),
         TRAIN,
