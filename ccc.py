@@ -95,7 +95,7 @@ def main(argv=None):
 def shell(command):
     """Run the main of any of the six scripts: bad input becomes one line and exit status 2,
     Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file
-    imports none of the others.
+    imports none of the others when it is itself imported.
 
     Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.

@@ -10,7 +10,6 @@ In comments: B batch, S samples, T frames, D width, A attributes.
 
 import argparse
 import csv
-import errno
 import math
 import os
 import re
@@ -121,8 +120,6 @@ LABEL_FILES = str.split("""Labels/labels_consensus.csv labels/labels_consensus.c
     Labels/labels_concensus.csv labels/labels_concensus.csv
     Label/labels_concensus.csv label/labels_concensus.csv""")
 AUDIO_FOLDERS = str.split("Audios Audio audios audio")
-# What `open` says if a name is of nothing, of a folder, of a link to itself, or too long.
-NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 OLD_SPLITS = {"Test": "Test1", "Validation": "Development"}  # releases 1.6 and 1.8
 # Python's float would also take 0_3, nan, inf and 1e999, none of which is a label.
 NUMBER = re.compile(r"[-+]?([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
@@ -209,9 +206,7 @@ def check_audio(utterances, sample_rate=16000):
             # Without the name of the file, all that are wrong in the same way have the same text.
             kind = str(error).removeprefix(f"{u.path!r}: ")
             problems.append(Problem(kind, repr(u.name), u.split))
-        except OSError as error:
-            if error.errno not in NO_FILE:
-                raise
+        except (FileNotFoundError, IsADirectoryError):
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
             alike = files.get(simplify(u.name))
@@ -220,9 +215,9 @@ def check_audio(utterances, sample_rate=16000):
     return good, problems
 
 
-def simplify(name):
-    """The same text for names that differ only in suffix, case or Unicode form."""
-    return unicodedata.normalize("NFC", Path(name).stem).casefold()
+def simplify(path):
+    """The same text for files whose names differ only in suffix, case or Unicode form."""
+    return unicodedata.normalize("NFC", Path(path).stem).casefold()
 
 
 def list_files(folder):
@@ -230,8 +225,7 @@ def list_files(folder):
     missing there may be in a sub-folder, or in Audio where there is Audios, too."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
-    paths = filter(os.path.exists, walk(os.path.dirname(folder)))  # without links to nothing
-    return {simplify(os.path.basename(path)): path for path in paths}
+    return {simplify(path): path for path in walk(os.path.dirname(folder))}
 
 
 def some(items, most=3, between=", "):

@@ -230,15 +230,15 @@ def test_missing_audio(tmp_path, monkeypatch):
         (tmp_path / "Audios" / name).rename(tmp_path / place)
     (tmp_path / "Audios" / "none.wav").unlink()
     (tmp_path / "Audios" / "folder.wav").mkdir()
-    (tmp_path / "Audios" / "none.wav").symlink_to("none.wav")  # to itself
+    (tmp_path / "Audios" / "none.wav").symlink_to("gone.wav")
     utterances, _ = data.read_corpus(tmp_path)
-    for name in ("x" * 300, "folder.wav"):
-        utterances.append(data.Utterance(name, f"{tmp_path}/Audios/{name}"))
+    utterances.append(data.Utterance("folder.wav", f"{tmp_path}/Audios/folder.wav"))
     good, problems = data.check_audio(utterances)
     assert [u.name for u in good] == ["here.wav"]
     assert {p.kind for p in problems} == {"missing audio"}
     alike = [p.where.split("alike: ")[1] for p in problems]
-    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None", "None", "None"]
+    places.append("Audios/none.wav")  # the link itself
+    assert alike == [*(ascii(str(tmp_path / place)) for place in places), "None"]
     shutil.rmtree(tmp_path / "Audios")
     (tmp_path / "Audios").mkdir()
     with pytest.raises(FileNotFoundError, match="mounted"):
