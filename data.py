@@ -476,10 +476,10 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
             gender, low, high = VOICES[speaker % 2]
             voice = rng.uniform(low, high), rng.uniform(0.95, 1.05) + 0.1 * (speaker % 2)
             for i in range(n):
-                a, v = rng.uniform(0, 1, 2)
+                units = rng.uniform(0, 1, 2)  # activation, valence
                 name = f"DEMO_{speaker:04}_{i:04}.wav"
-                soundfile.write(f"{root}/Audios/{name}", synthesize(a, v, voice, rng), 16000)
-                act, val = np.clip(1 + 6 * np.array([a, v]) + 0.3 * rng.normal(size=2), 1, 7)
+                soundfile.write(f"{root}/Audios/{name}", synthesize(*units, voice, rng), 16000)
+                act, val = np.clip(1 + 6 * units + 0.3 * rng.normal(size=2), 1, 7)
                 dom = 0.7 * act + 0.3 * val
                 rows.append(f"{name},X,{act:.3f},{val:.3f},{dom:.3f},{speaker},{gender},{split}")
     Path(f"{root}/Labels/labels_consensus.csv").write_text("\n".join(rows) + "\n")
