@@ -434,7 +434,7 @@ def is_constant(wave):
 # ---- a synthetic corpus ----
 
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
-VOICES = (("Male", 95, 130), ("Female", 170, 230))  # the range of f0, Hz
+VOICES = ((95, 130), (170, 230))  # ranges of f0, Hz: of a man's voice, of a woman's
 SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utterances of each
 
 
@@ -468,20 +468,20 @@ def write_demo(root, seed=0, speakers=SPEAKERS):
     rng = np.random.default_rng(seed)
     os.makedirs(f"{root}/Audios", exist_ok=True)
     os.makedirs(f"{root}/Labels", exist_ok=True)
-    rows = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
+    rows = ["FileName,EmoAct,EmoVal,EmoDom,SpkrID,Split_Set"]
     speaker = 0
     for split, n_speakers, n in speakers:
         for _ in range(n_speakers):
             speaker += 1
-            gender, low, high = VOICES[speaker % 2]
-            voice = rng.uniform(low, high), rng.uniform(0.95, 1.05) + 0.1 * (speaker % 2)
+            f0 = rng.uniform(*VOICES[speaker % 2])
+            voice = f0, rng.uniform(0.95, 1.05) + 0.1 * (speaker % 2)
             for i in range(n):
                 units = rng.uniform(0, 1, 2)  # activation, valence
                 name = f"DEMO_{speaker:04}_{i:04}.wav"
                 soundfile.write(f"{root}/Audios/{name}", synthesize(*units, voice, rng), 16000)
                 act, val = np.clip(1 + 6 * units + 0.3 * rng.normal(size=2), 1, 7)
                 dom = 0.7 * act + 0.3 * val
-                rows.append(f"{name},X,{act:.3f},{val:.3f},{dom:.3f},{speaker},{gender},{split}")
+                rows.append(f"{name},{act:.3f},{val:.3f},{dom:.3f},{speaker},{split}")
     Path(f"{root}/Labels/labels_consensus.csv").write_text("\n".join(rows) + "\n")
 
 
