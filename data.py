@@ -562,11 +562,7 @@ def main(argv=None):
         return
     utterances, bad_rows = read_corpus(args.root, scale=args.scale)
     good, bad_files = check_audio(utterances)
-    splits = {u.split for u in good}
-    empty = [
-        Problem("no utterance", "is needed", split) for split in SPLITS[:3] if split not in splits
-    ]
-    problems = bad_rows + bad_files + empty
+    problems = bad_rows + bad_files
     print_splits(good, *args.scale)
     listened = progress(good, "listening")
     constant = [repr(u.name) for u in listened if is_constant(load_audio(u.path))]
@@ -578,6 +574,7 @@ def main(argv=None):
     print(f"{len(problems) or 'no'} problems")
     if problems:
         sys.exit(1)
+    require(good, SPLITS[:3], least=2)  # as train.py does
 
 
 if __name__ == "__main__":
