@@ -41,7 +41,6 @@ class Utterance(NamedTuple):
     name: str  # FileName
     path: str
     split: str = ""
-    speaker: str = ""
     labels: tuple = ()  # A floats, the scale as 0 to 1 (section III); NaN in Test3
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
@@ -172,11 +171,11 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
     folder = find(root, AUDIO_FOLDERS)
-    columns = ["Split_Set", "SpkrID", *("Emo" + ATTRIBUTES[a] for a in attributes)]
+    columns = ["Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
     utterances = []
     problems = []
     for name, row in read_table(find(root, LABEL_FILES), columns).items():
-        split, speaker, *cells = (row[column] for column in columns)
+        split, *cells = (row[column] for column in columns)
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
         if split not in SPLITS:
@@ -186,7 +185,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
         else:
-            utterances.append(Utterance(name, f"{folder}/{name}", split, speaker, labels))
+            utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
             continue
         where = f"{name!r} {split!r} {cells}"  # quoted: a cell may hold anything
         problems.append(Problem(kind, where, split if split in SPLITS else ""))
@@ -530,16 +529,15 @@ def make_demo(root):
 
 
 def print_splits(utterances, low, high):
-    """A line a split: utterances, speakers, hours, each attribute's least and greatest label. If
-    all labels stay far below the end of the scale, it is probably another one: a note says so."""
+    """A line a split: utterances, hours, each attribute's least and greatest label. If all labels
+    stay far below the end of the scale, it is probably another one: a note says so."""
     greatest = low
     for split in SPLITS:
         part = [u for u in utterances if u.split == split]
         if not part:
             continue
         hours = sum(u.samples for u in part) / 16000 / 3600
-        speakers = len({u.speaker for u in part} - {"Unknown", ""})
-        line = f"{split:12}{len(part):8,} utterances{speakers:6,} speakers{hours:8.2f} h"
+        line = f"{split:12}{len(part):8,} utterances{hours:8.2f} h"
         labels = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
         for attribute, column in zip(PAPER, labels.T, strict=True):
             line += f"  {attribute} {column.min():g} to {column.max():g}"
