@@ -142,8 +142,8 @@ def test_scale_and_attributes(tmp_path):
 
 def test_rows_that_are_problems(tmp_path):
     """Each kind of row that cannot be used is a problem of its own kind, with its name; an empty
-    line is none. Labels are decimal numbers of the scale: Python's float would read 0_3 as 3."""
-    cells = ["", "0_3", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
+    line is none. Labels are numbers of the scale."""
+    cells = ["", "4;0", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
     rows = ["", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
     rows += ["a.wav,N,4,4,,1,F,Train", "b.wav,N,4,4,,1,F,Dev", "../c.wav,N,4,4,,1,F,Train"]
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
