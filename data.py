@@ -47,8 +47,7 @@ class Utterance(NamedTuple):
 
 class Problem(NamedTuple):
     kind: str  # the same text for all that are wrong in the same way: they are counted by it
-    where: str
-    split: str  # "" where the split is what is wrong
+    where: str  # the split, and what is in it; quoted, as a cell or a name may hold anything
 
 
 def load_audio(source, sample_rate=16000, start=0.0, stop=None):
@@ -164,9 +163,10 @@ def read_table(path, columns=()):
     return table
 
 
-def read_corpus(root, attributes=PAPER, scale=SCALE):
-    """All rows of a label file -> ([Utterance], [Problem]: a row that cannot be used). The audio is
-    not looked at. OSError or ValueError where the file cannot be read as a table."""
+def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
+    """Rows of a label file -> ([Utterance], [Problem]: a row that cannot be used), of some splits
+    and, as a problem, of an unknown one. The audio is not looked at. OSError or ValueError where
+    the file cannot be read as a table."""
     low, high = scale
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
@@ -180,6 +180,8 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
         labels = tuple(to_unit(cell, low, high) for cell in cells)
         if split not in SPLITS:
             kind = f"unknown split, not of {SPLITS}"
+        elif split not in splits:
+            continue
         elif "/" in name:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
@@ -187,8 +189,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE):
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
             continue
-        where = f"{name!r} {split!r} {cells}"  # quoted: a cell may hold anything
-        problems.append(Problem(kind, where, split if split in SPLITS else ""))
+        problems.append(Problem(kind, f"{split!r} {name!r} {cells}"))
     return utterances, problems
 
 
@@ -204,13 +205,13 @@ def check_audio(utterances, sample_rate=16000):
         except ValueError as error:
             # Without the name of the file, all that are wrong in the same way have the same text.
             kind = str(error).removeprefix(f"{u.path!r}: ")
-            problems.append(Problem(kind, repr(u.name), u.split))
+            problems.append(Problem(kind, f"{u.split!r} {u.name!r}"))
         except (FileNotFoundError, IsADirectoryError):
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
             alike = files.get(simplify(u.name))
-            where = f"{u.name!r}: no such file, or a link to none; alike: {alike!a}"
-            problems.append(Problem("missing audio", where, u.split))
+            where = f"{u.split!r} {u.name!r}: no such file, or a link to none; alike: {alike!a}"
+            problems.append(Problem("missing audio", where))
     return good, problems
 
 
@@ -255,10 +256,10 @@ def refuse(problems, skip_bad):
 def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
     """The utterances of some splits of a corpus whose labels can be used. Whether their audio can,
     `usable` tells. ValueError for a split without any."""
-    utterances, problems = read_corpus(root, attributes, scale)
-    refuse([problem for problem in problems if problem.split in (*splits, "")], skip_bad)
+    utterances, problems = read_corpus(root, attributes, scale, splits)
+    refuse(problems, skip_bad)
     require(utterances, splits)
-    return [u for u in utterances if u.split in splits]
+    return utterances
 
 
 def usable(utterances, sample_rate=16000, skip_bad=False):
@@ -567,7 +568,7 @@ def main(argv=None):
     if constant:
         print(f"note: silence, or channels that cancel each other: {some(constant)}")
     for kind in sorted({problem.kind for problem in problems}):
-        places = [f"{p.split} {p.where}" for p in problems if p.kind == kind]
+        places = [p.where for p in problems if p.kind == kind]
         print(f"{kind}: {len(places)}", some(places, 20, "\n  "), sep="\n  ")
     print(f"{len(problems) or 'no'} problems")
     if problems:
