@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -43,11 +43,6 @@ class Utterance(NamedTuple):
     split: str = ""
     labels: tuple = ()  # A floats, the scale as 0 to 1 (section III); NaN in Test3
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
-
-
-class Problem(NamedTuple):
-    kind: str  # the same text for all that are wrong in the same way: they are counted by it
-    where: str  # the split, and what is in it; quoted, as a cell or a name may hold anything
 
 
 def load_audio(source, sample_rate=16000, start=0.0, stop=None):
@@ -164,16 +159,17 @@ def read_table(path, columns=()):
 
 
 def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
-    """Rows of a label file -> ([Utterance], [Problem]: a row that cannot be used), of some splits
-    and, as a problem, of an unknown one. The audio is not looked at. OSError or ValueError where
-    the file cannot be read as a table."""
+    """Rows of a label file -> ([Utterance], problems), of some splits and, as a problem, of an
+    unknown one. Problems are {what is wrong: [where]}; names and cells are quoted in it, as they
+    may hold anything. The audio is not looked at. OSError or ValueError where the file cannot be
+    read as a table."""
     low, high = scale
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
     folder = find(root, AUDIO_FOLDERS)
     columns = ["Split_Set", *("Emo" + ATTRIBUTES[a] for a in attributes)]
     utterances = []
-    problems = []
+    problems = defaultdict(list)
     for name, row in read_table(find(root, LABEL_FILES), columns).items():
         split, *cells = (row[column] for column in columns)
         split = OLD_SPLITS.get(split, split)
@@ -189,15 +185,15 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
             continue
-        problems.append(Problem(kind, f"{split!r} {name!r} {cells}"))
+        problems[kind].append(f"{split!r} {name!r} {cells}")
     return utterances, problems
 
 
 def check_audio(utterances, sample_rate=16000):
-    """Inspect every file -> ([Utterance with samples], [Problem]). OSError where the machine is at
+    """Inspect every file -> ([Utterance with samples], problems). OSError where the machine is at
     fault: no audio folder, no permission, too many open files."""
     good = []
-    problems = []
+    problems = defaultdict(list)
     files = {}
     for u in progress(utterances, "checking audio"):
         try:
@@ -205,13 +201,13 @@ def check_audio(utterances, sample_rate=16000):
         except ValueError as error:
             # Without the name of the file, all that are wrong in the same way have the same text.
             kind = str(error).removeprefix(f"{u.path!r}: ")
-            problems.append(Problem(kind, f"{u.split!r} {u.name!r}"))
+            problems[kind].append(f"{u.split!r} {u.name!r}")
         except (FileNotFoundError, IsADirectoryError):
             files = files or list_files(os.path.dirname(u.path))
             # In ASCII, because two Unicode forms of a name look the same.
             alike = files.get(simplify(u.name))
             where = f"{u.split!r} {u.name!r}: no such file, or a link to none; alike: {alike!a}"
-            problems.append(Problem("missing audio", where))
+            problems["missing audio"].append(where)
     return good, problems
 
 
@@ -236,20 +232,14 @@ def some(items, most=3, between=", "):
     return between.join(shown)
 
 
-def count(kinds):
-    """How often there is each kind, the most frequent first: "5 truncated, 2 missing audio"."""
-    return some([f"{n} {kind}" for kind, n in Counter(kinds).most_common()], 9)
-
-
 def refuse(problems, skip_bad):
     """If there are problems: ValueError of one line, or with `skip_bad` a printed line."""
     if not problems:
         return
-    kinds = count(problem.kind for problem in problems)
-    first = some([problem.where for problem in problems])
-    text = f"{len(problems)} unusable: {kinds} ({first})"
+    kinds = [f"{len(places)} {kind} ({some(places)})" for kind, places in problems.items()]
+    text = some(kinds, 9)
     if not skip_bad:
-        raise ValueError(f"{text}; `python data.py ROOT` lists them, --skip-bad leaves them out")
+        raise ValueError(f"{text}; `python data.py ROOT` lists all, --skip-bad leaves them out")
     print(f"skipped: {text}", flush=True)
 
 
@@ -302,7 +292,7 @@ def find_audio(paths):
     """Unlabelled utterances of files, and of the audio in folders: of one folder, named by their
     paths in it. What else is there is counted on stderr."""
     found = []
-    others = []
+    others = Counter()
     for top in map(str, paths):
         if not os.path.isdir(top):
             os.stat(top)  # an OSError where there is nothing
@@ -313,11 +303,12 @@ def find_audio(paths):
             suffix = Path(name).suffix
             hidden = "/." in f"/{name}"
             if hidden or suffix.lower() not in SUFFIXES.split():
-                others.append(suffix or "without suffix")
+                others[suffix or "without suffix"] += 1
             else:
                 found.append(Utterance(name if len(paths) == 1 else path, path))
     if others:
-        print(f"left out, hidden or no audio: {count(others)}", file=sys.stderr, flush=True)
+        kinds = [f"{n} {suffix}" for suffix, n in others.most_common()]
+        print(f"left out, hidden or no audio: {some(kinds, 9)}", file=sys.stderr, flush=True)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
     return found
@@ -561,18 +552,17 @@ def main(argv=None):
         return
     utterances, bad_rows = read_corpus(args.root, scale=args.scale)
     good, bad_files = check_audio(utterances)
-    problems = bad_rows + bad_files
+    problems = bad_rows | bad_files
     print_splits(good, *args.scale)
     listened = progress(good, "listening")
     constant = [repr(u.name) for u in listened if is_constant(load_audio(u.path))]
     if constant:
         print(f"note: silence, or channels that cancel each other: {some(constant)}")
-    for kind in sorted({problem.kind for problem in problems}):
-        places = [p.where for p in problems if p.kind == kind]
+    for kind, places in problems.items():
         print(f"{kind}: {len(places)}", some(places, 20, "\n  "), sep="\n  ")
-    print(f"{len(problems) or 'no'} problems")
     if problems:
         sys.exit(1)
+    print("no problems")
     require(good, SPLITS[:3], least=2)  # as train.py does
 
 

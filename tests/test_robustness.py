@@ -233,7 +233,11 @@ def test_skip_bad(refused, capsys):
         call(f"{line} --skip-bad")
         out = capsys.readouterr().out
         # What only lacks what is left out is full: the second line fills nothing.
-        assert "skipped: 2" in out and ("lacks" in out) == (line == FILL)
+        assert (
+            "skipped: 1 shorter" in out
+            and "1 missing audio" in out
+            and ("lacks" in out) == (line == FILL)
+        )
     ran = [json.loads(Path(out, "result.json").read_text()) for out in "xy"]
     assert ran[0]["corpus"] == ran[1]["corpus"] and ran[0]["labels"] == ran[1]["labels"]
     assert len(read_cache("new")) == 14
@@ -400,7 +404,7 @@ def test_damage(path, world):
             utterances, problems = data.read_corpus("corpus")
             assert all(Path(u.path).parent == Path(CLIP).parent for u in utterances)
             assert all(0 <= x <= 1 for u in utterances if u.split != "Test3" for x in u.labels)
-            assert all(len(problem.where.splitlines()) == 1 for problem in problems)
+            assert all(len(place.splitlines()) == 1 for part in problems.values() for place in part)
             found = read_cache("cache")
             assert all(torch.equal(hidden, written[name]) for name, hidden in found.items())
         except (ValueError, OSError) as error:
