@@ -13,8 +13,8 @@ import csv
 import math
 import os
 import re
-import shutil
 import sys
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -139,19 +139,19 @@ def read_table(path, columns=()):
     table = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
+        lines = ([cell.strip() for cell in cells] for cells in reader)
         try:
-            header = next(reader, [])
-            for column in ("FileName", *columns):
-                if column not in header:
-                    raise ValueError(f"no column {column} in {header[:20]}")
-            for cells in filter(None, reader):  # without empty lines
+            header = next(lines, [])
+            for column in ["FileName", *columns, *filter(None, header)]:
+                if header.count(column) != 1:
+                    raise ValueError(f"no column {column}, or two, in {header[:20]}")
+            for cells in filter(any, lines):  # An empty line may have commas.
+                if len(cells) != len(header):
+                    raise ValueError(f"{len(cells)} cells for {len(header)} columns")
                 row = dict(zip(header, cells))
-                name = row.get("FileName")
-                # A column that stands twice is one key. Cells too many are in no row.
-                if name in table or not len(row) == len(cells) == len(header):
-                    counts = f"{len(cells)} cells for {len(set(header))} columns"
-                    raise ValueError(f"{counts}, or a second row of {name!r}")
-                table[name] = row
+                if row["FileName"] in table:
+                    raise ValueError(f"a second row of {row['FileName']!r}")
+                table[row["FileName"]] = row
         except (csv.Error, ValueError) as error:
             remedy = "correct it, or save it as CSV in UTF-8, cells separated by commas"
             raise ValueError(f"'{path}', line {reader.line_num}: {error}; {remedy}") from error
@@ -178,7 +178,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
             kind = f"unknown split, not of {SPLITS}"
         elif split not in splits:
             continue
-        elif "/" in name:  # ../other.wav
+        elif "/" in name or "\0" in name:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
@@ -497,17 +497,17 @@ def write_encoder(folder, width=64, channels=32):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill, of which nothing is left if that fails. OSError where there is something
-    already."""
+    """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
+    something already."""
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"'{path}' exists: give the name of a new folder")
-    path.mkdir(parents=True)
-    try:
-        yield path
-    except BaseException:  # KeyboardInterrupt, too
-        shutil.rmtree(path)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        made = Path(folder, "made")
+        made.mkdir()
+        yield made
+        made.rename(path)
 
 
 def make_demo(root):

@@ -143,11 +143,12 @@ def test_scale_and_attributes(tmp_path):
 
 
 def test_rows_that_are_problems(tmp_path):
-    """Each kind of row that cannot be used is a problem of its own kind, with its name; an empty
-    line is none. Labels are numbers of the scale."""
+    """Each kind of row that cannot be used is a problem of its own kind, with its name; a line that
+    is empty but for commas is none. Labels are numbers of the scale."""
     cells = ["", "4;0", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
-    rows = ["", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
+    rows = ["", ",, ,,,,,", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
     rows += ["a.wav,N,4,4,,1,F,Train", "b.wav,N,4,4,,1,F,Dev", "../c.wav,N,4,4,,1,F,Train"]
+    rows += ["\0.wav,N,4,4,,1,F,Train"]
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
     utterances, problems = data.read_corpus(tmp_path)
     assert [u.name for u in utterances] == ["a.wav"]
@@ -155,19 +156,22 @@ def test_rows_that_are_problems(tmp_path):
     assert bad_labels[0] == "'Test2' '.wav' ['', '4']" and len(bad_labels) == 9
     assert problems == {
         f"unknown split, not of {data.SPLITS}": ["'Dev' 'b.wav' ['4', '4']"],
-        "not the plain name of a file": ["'Train' '../c.wav' ['4', '4']"],
+        "not the plain name of a file": [
+            "'Train' '../c.wav' ['4', '4']",
+            r"'Train' '\x00.wav' ['4', '4']",
+        ],
     }
 
 
 GOOD = HEADER + "\na.wav,N,4,4,,1,F,Train\n"
 FILES = [  # bytes of a label file, what is said of it
-    (b"", "line 0: no column FileName in \\[]; "),
-    (HEADER.replace(",", ";").encode(), "no column FileName in .*cells separated by commas"),
-    (HEADER.replace("EmoVal", "V").encode(), "line 1: no column EmoVal in .*'V'"),
+    (b"", "line 0: no column FileName, or two, in \\[]; "),
+    (HEADER.replace(",", ";").encode(), "no column FileName, .*cells separated by commas"),
+    (HEADER.replace("EmoVal", "V").encode(), "line 1: no column EmoVal, or two, in .*'V'"),
     ((GOOD + "d.wav,N,4").encode(), "line 3: 3 cells for 8 columns"),
     ((GOOD + "\ne.wav,N,4,4,,1,F,Train,7").encode(), "line 4: 9 cells for 8 columns"),
-    ((GOOD.replace("EmoClass", "EmoVal")).encode(), "line 2: 8 cells for 7 columns"),
-    ((GOOD + "a.wav,N,4,4,,1,F,Train").encode(), "line 3: .* a second row of 'a.wav'"),
+    ((GOOD.replace("EmoClass", "EmoVal")).encode(), "line 1: no column EmoVal, or two"),
+    ((GOOD + "a.wav,N,4,4,,1,F,Train").encode(), "line 3: a second row of 'a.wav'"),
     ((GOOD + "ä.wav").encode("latin-1"), "save it as CSV in UTF-8"),
     (HEADER.encode("utf-16"), "save it as CSV in UTF-8"),
     ((GOOD + '"b.wav,N').encode(), "line 3: unexpected end of data"),
@@ -188,9 +192,9 @@ def test_label_files(content, message, tmp_path):
 @pytest.mark.parametrize("file", ["labels_consensus.csv", "labels_concensus.csv"])
 def test_places_of_labels(folder, file, tmp_path):
     """A label file is found in each folder and under each name that releases have had. Spaces
-    before a cell do not count; a row of an unknown split may not get lost in silence."""
+    around a cell do not count; a row of an unknown split may not get lost in silence."""
     (tmp_path / folder).mkdir()
-    rows = [HEADER, " a.wav,N, 4, 4,, 1,F, Train", "b.wav,N,4,4,,1,F,Dev"]
+    rows = [HEADER, " a.wav ,N, 4 , 4 ,, 1 ,F, Train ", "b.wav,N,4,4,,1,F,Dev"]
     (tmp_path / folder / file).write_text("\n".join(rows))
     (utterance,), _ = data.read_corpus(tmp_path)
     assert utterance._replace(path="") == ("a.wav", "", "Train", (0.5, 0.5), 0)
