@@ -311,15 +311,14 @@ def run(args):
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
-        check_resumable(args, config, [*MAY_DIFFER, "cache", "cache_contents"])
-        if is_finished(args):
+        if compare_run(args, config, [*MAY_DIFFER, "cache", "cache_contents"]):
             print(f"'{args.out}' is finished")
             return
         entries = None
         if args.cached:
             entries, utterances, contents = fill_cache(args, model, utterances)
             config |= contents
-            check_resumable(args, config, MAY_DIFFER)
+            compare_run(args, config, MAY_DIFFER)
         datasets = make_datasets(args, model, utterances, entries)
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
         if steps == 0:
@@ -423,21 +422,22 @@ def check_place(args):
         )
 
 
-def holds_epochs(args):
-    """Whether --out holds an epoch of a run. Any .pt file is enough, as a new run might write over
-    it."""
-    return any(args.out.glob("*.pt"))
+def compare_run(args, config, ignored):
+    """Compare what --out holds with this run, in all but the ignored keys of config.json -> whether
+    it is this run, finished.
 
-
-def check_resumable(args, config, ignored):
-    """ValueError if --out holds epochs that may not be continued. Without --resume, none may. With
-    it, not those of a longer run, nor of one whose config.json differs in more than the ignored
-    keys."""
-    if not holds_epochs(args):
-        return
+    ValueError if --out holds epochs that may not be continued. Without --resume, none may. With it,
+    not those of another run, nor of a longer one. Any .pt file counts as an epoch, as a new run
+    might write over it. A result whose epochs were deleted does not count.
+    """
+    if not any(args.out.glob("*.pt")):
+        return False
     if not args.resume:
         raise ValueError(f"'{args.out}' holds a run; --resume continues it, or give another --out")
-    with models.blame(args.out / "config.json") as path:
+    path = args.out / "result.json"  # It has all that config.json has.
+    if not path.exists():
+        path = args.out / "config.json"
+    with models.blame(path):
         saved = json.loads(path.read_text())
         keys = [key for key in config if key not in ignored and saved.get(key) != config[key]]
         if saved["epochs"] > args.epochs:
@@ -445,22 +445,13 @@ def check_resumable(args, config, ignored):
         others = "; ".join(f"{key} {saved.get(key)}, not {config[key]}" for key in keys[:3])
     if keys:
         raise ValueError(f"'{args.out}' is of a run with {others}; give the same, or another --out")
-
-
-def is_finished(args):
-    """Whether --out holds the result of as many epochs as are asked for. A result whose epochs were
-    deleted does not count."""
-    path = args.out / "result.json"
-    if not (path.exists() and holds_epochs(args)):
-        return False
-    with models.blame(path):
-        result = json.loads(path.read_text())
-        return result["epochs"] == args.epochs and not result["out_of_memory"]
+    # A config.json does not say whether the memory was enough.
+    return saved["epochs"] == args.epochs and saved.get("out_of_memory") is False
 
 
 def read_last(args, model, optimizer, scaler):
     """Put all back as last.pt has it after the last finished epoch, if any -> history and best."""
-    if not holds_epochs(args):
+    if not any(args.out.glob("*.pt")):
         return [], None
     with models.blame(args.out / "last.pt") as path:
         last = torch.load(path, map_location="cpu", weights_only=True)

@@ -499,8 +499,9 @@ def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "moved")
     before = tree(tmp_path)
     again = ["--cache", tmp_path / "cache", "--data", tmp_path / "moved", "--resume"]
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | dict.fromkeys(MAY_DIFFER, "another")))
+    for name in ("config.json", "result.json"):
+        config = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(config | dict.fromkeys(MAY_DIFFER, "another")))
     before = tree(tmp_path)
     capsys.readouterr()
     launch(run, *again, "--workers", 2)
