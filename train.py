@@ -314,15 +314,9 @@ def run(args):
         if compare_run(args, config, [*MAY_DIFFER, "cache", "cache_contents"]):
             print(f"'{args.out}' is finished")
             return
-        entries = None
-        if args.cached:
-            entries, utterances, contents = fill_cache(args, model, utterances)
-            config |= contents
-            compare_run(args, config, MAY_DIFFER)
-        datasets = make_datasets(args, model, utterances, entries)
+        datasets = make_datasets(args, model, utterances, config)
+        compare_run(args, config, MAY_DIFFER)  # Now it is known what is in the cache.
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
-        if steps == 0:
-            raise ValueError(f"split {args.splits[0]} is too small for {PROCESSES} processes")
         sizes = ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items())
         print(
             f"{encoder.config.model_type}, {config['total_parameters']:,} parameters,"
@@ -345,7 +339,7 @@ def run(args):
 
 def describe_run(args, model, utterances):
     """What config.json says: all that makes this run, and where it runs. `utterances` are those
-    whose labels can be used. What is of the audio or the cache is None, until `run` knows it."""
+    whose labels can be used. What is of the audio or the cache is None, until it is known."""
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
         memory = torch.cuda.mem_get_info()[1]
@@ -364,7 +358,8 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # `run` fills these in. "cache" is then no place, but what is in it: "cut 10, float16".
+    # `run` and `make_datasets` fill these in. "cache" is then no place, but what is in it: "cut 10,
+    # float16".
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
@@ -375,26 +370,26 @@ def digest_rows(rows):
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
-def fill_cache(args, model, utterances):
-    """Fill what the cache lacks -> its entries, the utterances that it then holds (with --skip-bad,
-    not all), and what config.json says of it. The model's cut becomes the cache's, as `suffix` has
-    to begin where the stored hidden states end."""
-    with models.explain_memory("leave out the longest recordings"):
-        cache.fill_missing(args.cache, model, utterances, args)
-    exchange("filled")  # All processes wait here until the cache is filled.
-    entries, fingerprint, seconds = cache.read_entries(args.cache)
-    utterances = [u for u in utterances if u.name in entries]
-    contents = {
-        "cache": "cut {cut}, {dtype}".format(**fingerprint),
-        "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
-        "fill_seconds": seconds,
-    }
-    return entries, utterances, contents
+def make_datasets(args, model, utterances, config):
+    """{split: dataset}, from audio or from a cache. A cache is first filled with what it lacks (with
+    --skip-bad, not with all), and `config` is told what it then holds.
 
-
-def make_datasets(args, model, utterances, entries):
-    """{split: dataset}, from a cache's entries or, without, from audio."""
-    data.require(utterances, args.splits, least=2)
+    The model's cut becomes the cache's, as `suffix` has to begin where the stored hidden states
+    end.
+    """
+    if args.cached:
+        with models.explain_memory("leave out the longest recordings"):
+            cache.fill_missing(args.cache, model, utterances, args)
+        exchange("filled")  # All processes wait here until the cache is filled.
+        entries, fingerprint, seconds = cache.read_entries(args.cache)
+        utterances = [u for u in utterances if u.name in entries]
+        config |= {
+            "cache": "cut {cut}, {dtype}".format(**fingerprint),
+            "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
+            "fill_seconds": seconds,
+        }
+    # A CCC needs two utterances, and a batch of training one for each process.
+    data.require(utterances, args.splits, least=max(2, PROCESSES))
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
