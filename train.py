@@ -114,18 +114,14 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())  # It comes last, because it waits for the GPU.
-        check_loss(losses, epoch, dataset, batch)
+        check_finite(loss, f"epoch {epoch}, step {len(losses)}: the loss")
     return sum(losses) / len(losses)
 
 
-def check_loss(losses, epoch, dataset, batch):
-    """ValueError where the loss of the last step, which was on `batch`, is NaN or infinite."""
-    if not math.isfinite(losses[-1]):
-        names = " ".join(dataset.utterances[i].name for i in batch)
-        raise ValueError(
-            f"epoch {epoch}, step {len(losses)}: the loss is {losses[-1]};"
-            f" try a smaller --lr or --precision fp32, or look at {names}"
-        )
+def check_finite(numbers, what):
+    """ValueError where a tensor, a loss or predictions, holds NaN or infinity."""
+    if not numbers.isfinite().all():
+        raise ValueError(f"{what} is NaN or infinite; try a smaller --lr, or --precision fp32")
 
 
 def predict_batch(model, chunks, args):
@@ -168,8 +164,7 @@ def evaluate(model, dataset, args):
             predictions[batch] = predict_batch(model, chunks, args)
     add_up(predictions)
     predictions = predictions.cpu()
-    if not predictions.isfinite().all():
-        raise ValueError("the model predicts NaN or infinity; try --precision fp32 or a lower --lr")
+    check_finite(predictions, "a prediction in evaluation")
     scores = ccc(predictions, dataset.targets).tolist()
     return predictions, dict(zip(args.attributes, scores, strict=True))
 

@@ -152,7 +152,7 @@ def test_evaluation(name, padding, row, prepare):
         assert relative(predictions, expected[3]) < 1e-5
         assert [*scores.values()] == pytest.approx(lin(expected[3], dataset.targets), abs=1e-4)
     made.model.head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="predicts NaN"):
+    with pytest.raises(ValueError, match="a prediction in evaluation is NaN"):
         train.evaluate(made.model, dataset, made.args)
 
 
@@ -578,9 +578,7 @@ def test_peak_memory():
 
 
 def test_a_loss_that_is_not_finite(launch, tmp_path, monkeypatch):
-    """Training ends with the step and the batch's utterances where the loss is no number."""
+    """Training ends at the step where the loss is no number."""
     monkeypatch.setattr(train, "ccc_loss", lambda pred, target: pred.sum() * torch.nan)
-    with pytest.raises(
-        ValueError, match="epoch 1, step 1: the loss is nan.*( DEMO_000._000..wav){4}"
-    ):
+    with pytest.raises(ValueError, match="epoch 1, step 1: the loss is NaN"):
         launch(tmp_path)
