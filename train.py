@@ -569,11 +569,11 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description="Train one row and one seed of Table I.")
     add = parser.add_argument
 
-    def number(name, default, text):  # It joins the group that `add` then stands for.
+    def number(name, default, text):
         add(name, type=type(default), default=default, help=f"{text} ({default})")
 
     add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
-    add("--data", help="corpus folder in MSP-Podcast's layout (section III)")
+    add("--data", help="corpus folder in MSP-Podcast's layout (section III of the paper)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
     number("--seed", 0, "the paper runs five (section V)")
@@ -584,14 +584,12 @@ def parse_args(argv):
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
-    add = parser.add_argument_group("method (section IV-B)").add_argument
-    add("--method", choices=("full", "partial", "lora"), default="partial", help="(partial)")
+    add("--method", choices=("full", "partial", "lora"), default="partial", help="IV-B (partial)")
     add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
     number("--rank", 8, "lora: rank of the update")
     number("--alpha", 16.0, "lora: its output is scaled by alpha / rank")
     number("--lora-dropout", 0.1, "lora: dropout of its input")
     number("--dropout", 0.2, "before the head, IV-A")
-    add = parser.add_argument_group("efficiency").add_argument
     text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
@@ -602,8 +600,7 @@ def parse_args(argv):
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     add("--chunk", type=int, help=text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
-    add = parser.add_argument_group("training (section IV-D) and machine").add_argument
-    number("--epochs", 5, "passes over the training split")
+    number("--epochs", 5, "passes over the training split, IV-D")
     number("--batch-size", 32, "utterances in the loss, of all processes together")
     add("--eval-batch-size", type=int, help="in paper padding it changes scores (--batch-size)")
     number("--lr", 1e-4, "AdamW's learning rate, fixed")
