@@ -561,22 +561,28 @@ def demo(folder):
     return parse_args(places + line.split())
 
 
-# The value of each of these options, if it has one, must be above 0.
-POSITIVE = str.split("epochs batch_size eval_batch_size lr layers rank alpha chunk workers")
+def add_number(parser, name, default, text, least=1, below=math.inf):
+    """Add an option for a number from `least` to below `below`. It is of the default's type or,
+    without a default, an int."""
+
+    def number(cell):
+        value = type(default or 0)(cell)
+        if not least <= value < below:  # NaN is refused, too.
+            raise argparse.ArgumentTypeError(f"must be at least {least}, and below {below}")
+        return value
+
+    parser.add_argument(name, type=number, default=default, help=text)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Train one row and one seed of Table I.")
     add = parser.add_argument
-
-    def number(name, default, text):
-        add(name, type=type(default), default=default, help=f"{text} ({default})")
-
+    number = partial(add_number, parser)
     add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III of the paper)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", help="run folder, new or to --resume")
-    number("--seed", 0, "the paper runs five (section V)")
+    number("--seed", 0, "the paper runs five (%(default)s, section V)", 0, 10**9)
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
     text = "to train on, choose the epoch by, test on (III)"
@@ -585,11 +591,11 @@ def parse_args(argv):
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
     add("--method", choices=("full", "partial", "lora"), default="partial", help="IV-B (partial)")
-    add("--layers", type=int, help="the last n transformer layers (partial: 3; lora: all)")
-    number("--rank", 8, "lora: rank of the update")
-    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank")
-    number("--lora-dropout", 0.1, "lora: dropout of its input")
-    number("--dropout", 0.2, "before the head, IV-A")
+    number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
+    number("--rank", 8, "lora: rank of the update (%(default)s)")
+    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 0)
+    number("--lora-dropout", 0.1, "lora: dropout of its input (%(default)s)", 0, 1)
+    number("--dropout", 0.2, "before the head (%(default)s, IV-A)", 0, 1)
     text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
@@ -598,14 +604,14 @@ def parse_args(argv):
         "--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as if alone"
     )
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
-    add("--chunk", type=int, help=text)
+    number("--chunk", None, text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
-    number("--epochs", 5, "passes over the training split, IV-D")
-    number("--batch-size", 32, "utterances in the loss, of all processes together")
-    add("--eval-batch-size", type=int, help="in paper padding it changes scores (--batch-size)")
-    number("--lr", 1e-4, "AdamW's learning rate, fixed")
+    number("--epochs", 5, "passes over the training split (%(default)s, IV-D)")
+    number("--batch-size", 32, "utterances in the loss, of all processes together (%(default)s)")
+    number("--eval-batch-size", None, "in paper padding it changes scores (--batch-size)")
+    number("--lr", 1e-4, "AdamW's learning rate, fixed (%(default)s)", 0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    number("--workers", 2, "threads that load data ahead of the model")
+    number("--workers", 2, "threads that load data ahead of the model (%(default)s)")
     args = parser.parse_args(argv)
     if args.demo:
         return demo(args.out or "demo")
@@ -614,26 +620,18 @@ def parse_args(argv):
 
 
 def check_options(error, args):
-    """Call `error`, which ends the program with a line, where options make no sense: first the
-    combinations, then single values."""
+    """Call `error`, which ends the program with a line, where options make no sense together."""
     if not (args.data and args.out):
         error("--data and --out are required (or --demo)")
     if args.freeze_embedding and (args.method == "lora" or args.cache):
         error("--freeze-embedding: lora and --cache freeze the embedding anyway")
     if args.method != "lora" and (args.rank, args.alpha, args.lora_dropout) != (8, 16, 0.1):
         error("--rank, --alpha and --lora-dropout need --method lora")
-    if len(set(args.splits)) < 3 or len(set(args.attributes)) < len(args.attributes):
+    names = args.splits + args.attributes
+    if len(set(names)) < len(names):
         error("--splits: three different splits; --attributes: each once")
-    for key in POSITIVE:
-        value = getattr(args, key)
-        if value is not None and not 0 < value < math.inf:
-            error(f"--{key.replace('_', '-')} must be above 0, not {value}")
-    if not (0 <= args.dropout < 1 and 0 <= args.lora_dropout < 1):
-        error("--dropout and --lora-dropout lie from 0 to below 1")
     if args.batch_size < max(2, PROCESSES):
         error("--batch-size: the CCC needs two utterances, and each process one")
-    if not 0 <= args.seed < 10**9:
-        error("--seed lies from 0 to below 10^9")
 
 
 def resolve(args):
