@@ -109,7 +109,9 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         targets = dataset.targets[batch].to(args.device, non_blocking=True)
         loss = ccc_loss(predictions, targets)  # in float32, over the whole batch
         scaler.scale(loss).backward()
-        sum_gradients(optimizer)  # Over processes. In one process nothing happens.
+        # Processes add up their parts of the gradients before scaler.step. So all find the same
+        # infinities, and leave out the same steps. In one process nothing happens.
+        add_up(*(p.grad for p in model.parameters() if p.grad is not None))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -234,7 +236,7 @@ def gather(predictions, n):
 
     Each process computes the loss of the whole batch. In it, other processes' predictions are
     constants, and only its own have a gradient. So it has a part of the whole gradient, and
-    `sum_gradients` adds the parts up.
+    train_epoch adds the parts up.
     """
     everyone = predictions.new_zeros(n, predictions.shape[1])
     everyone[RANK::PROCESSES] = predictions.detach()
@@ -242,13 +244,6 @@ def gather(predictions, n):
     # That sum carries no gradient, so this process's own predictions are put back, with theirs.
     everyone[RANK::PROCESSES] = predictions
     return everyone
-
-
-def sum_gradients(optimizer):
-    """Add up every gradient over processes, before scaler.step. So all processes find the same
-    infinities, and leave out the same steps."""
-    parameters = optimizer.param_groups[0]["params"]
-    add_up(*(p.grad for p in parameters if p.grad is not None))
 
 
 def add_up(*tensors):
