@@ -248,28 +248,27 @@ def gather(predictions, n):
 
 def add_up(*tensors):
     """Add each up over processes, in place."""
-    if PROCESSES > 1:
-        with explain_end():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+    for tensor in tensors:
+        together(dist.all_reduce, tensor)
 
 
 def exchange(value):
     """[value of every process]. All wait here for the slowest."""
     values = [value] * PROCESSES
-    if PROCESSES > 1:
-        with explain_end():
-            dist.all_gather_object(values, value)
+    together(dist.all_gather_object, values, value)
     return values
 
 
-@contextlib.contextmanager
-def explain_end():
-    """An error while waiting for the others becomes one line: most likely, one has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError("another process has ended; see its line, above or below") from error
+def together(operation, *arguments):
+    """Call an operation of torch.distributed, if there are several processes. An error while it
+    waits for the others becomes one line: most likely, one has ended."""
+    if PROCESSES > 1:
+        try:
+            operation(*arguments)
+        except RuntimeError as error:
+            raise ConnectionError(
+                "another process has ended; see its line, above or below"
+            ) from error
 
 
 # ---- the run folder ----
