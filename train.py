@@ -584,7 +584,8 @@ def parse_args(argv):
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
-    add("--method", choices=("full", "partial", "lora"), default="partial", help="IV-B (partial)")
+    # A wrong --method or --padding is refused where the model is built.
+    add("--method", default="partial", help="full, partial or lora (%(default)s, IV-B)")
     number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
     number("--rank", 8, "lora: rank of the update (%(default)s)")
     number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 0)
@@ -594,9 +595,7 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
-    add(
-        "--padding", choices=("paper", "exact"), default="paper", help="(paper); exact: as if alone"
-    )
+    add("--padding", default="paper", help="paper, or exact: as if alone (%(default)s)")
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
     add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
