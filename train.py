@@ -549,10 +549,9 @@ def demo(folder):
     corpus = f"{folder}/corpus"
     if not os.path.exists(corpus):
         data.make_demo(corpus)
-    places = [f"--data={corpus}", f"--model={corpus}/encoder"]
-    places += [f"--cache={folder}/cache", f"--out={folder}/run"]
-    line = "--layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3 --resume"
-    return parse_args(places + line.split())
+    line = """--data={0}/corpus --model={0}/corpus/encoder --cache={0}/cache --out={0}/run --resume
+        --layers 3 --padding exact --chunk 4 --precision fp32 --epochs 10 --lr 2e-3"""
+    return parse_args([word.format(folder) for word in line.split()])
 
 
 def add_number(parser, name, default, text, least=1, below=math.inf):
@@ -575,7 +574,7 @@ def parse_args(argv):
     add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III of the paper)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
-    add("--out", help="run folder, new or to --resume")
+    add("--out", type=Path, help="run folder, new or to --resume")
     number("--seed", 0, "the paper runs five (%(default)s, section V)", 0, 10**9)
     add("--resume", action="store_true", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
@@ -633,7 +632,6 @@ def resolve(args):
     args.precision_reason = "as asked"
     if args.precision is None:
         args.precision, args.precision_reason = choose_precision(args.device)
-    args.out = Path(args.out)
     args.cached = args.cache is not None
     args.freeze_embedding |= args.cached
     args.eval_batch_size = args.eval_batch_size or args.batch_size
