@@ -570,19 +570,20 @@ def add_number(parser, name, default, text, least=1, below=math.inf):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Train one row and one seed of Table I.")
     add = parser.add_argument
+    flag = partial(add, action="store_true")
     number = partial(add_number, parser)
-    add("--demo", action="store_true", help="synthetic speech, in demo/ or --out; ignores the rest")
+    flag("--demo", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III of the paper)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
     add("--out", type=Path, help="run folder, new or to --resume")
     number("--seed", 0, "the paper runs five (%(default)s, section V)", 0, 10**9)
-    add("--resume", action="store_true", help="continue after the last finished epoch, if any")
+    flag("--resume", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
     text = "to train on, choose the epoch by, test on (III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
-    add("--skip-bad", action="store_true", help="go on without utterances that cannot be used")
+    flag("--skip-bad", help="go on without utterances that cannot be used")
     # A wrong --method or --padding is refused where the model is built.
     add("--method", default="partial", help="full, partial or lora (%(default)s, IV-B)")
     number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
@@ -593,11 +594,11 @@ def parse_args(argv):
     text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
-    add("--freeze-embedding", action="store_true", help="partial: freeze all that a cache freezes")
+    flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
     add("--padding", default="paper", help="paper, or exact: as if alone (%(default)s)")
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
-    add("--recompute", action="store_true", help="compute activations twice, keep few (II-D)")
+    flag("--recompute", help="compute activations twice, keep few (II-D)")
     number("--epochs", 5, "passes over the training split (%(default)s, IV-D)")
     number("--batch-size", 32, "utterances in the loss, of all processes together (%(default)s)")
     number("--eval-batch-size", None, "in paper padding it changes scores (--batch-size)")
