@@ -58,11 +58,7 @@ def fit(args, model, datasets, config):
     # loss, divides before the step, and leaves out a step with an infinity. bfloat16 needs none.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     # Without an earlier run, history is empty and best is None.
-    history, best = read_last(args, model, optimizer, scaler)
-    start_run(args, config, history)
-    if history:
-        # The run may have been killed after it wrote last.pt, and before what is made from it.
-        save_epoch(args, config, history, best, model, optimizer, scaler)
+    history, best = start_run(args, config, model, optimizer, scaler)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(model, train, optimizer, scaler, args, epoch)
@@ -433,27 +429,23 @@ def compare_run(args, config, ignored):
     return saved["epochs"] == args.epochs and saved.get("out_of_memory") is False
 
 
-def read_last(args, model, optimizer, scaler):
-    """Put all back as last.pt has it after the last finished epoch, if any -> history and best."""
-    if not any(args.out.glob("*.pt")):
-        return [], None
-    with models.blame(args.out / "last.pt") as path:
-        last = torch.load(path, map_location="cpu", weights_only=True)
-        # Only to see now that the best epoch's weights fit: the next line replaces them.
-        models.load_trained(model, last["best"]["weights"])
-        models.load_trained(model, last["weights"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
-        return history, last["best"]
-
-
-def start_run(args, config, history):
-    """Begin to write: remove result.json, then write config.json.
-
-    Before, `exchange` waits until all processes have read what they need of the run folder. It also
-    shows whether they agree: on separate disks they may have read different files.
-    """
+def start_run(args, config, model, optimizer, scaler):
+    """Put all back as last.pt has it after the last finished epoch, if any, and begin to write ->
+    history and best."""
+    history = []
+    best = None
+    if any(args.out.glob("*.pt")):
+        with models.blame(args.out / "last.pt") as path:
+            last = torch.load(path, map_location="cpu", weights_only=True)
+            best = last["best"]
+            # Only to see now that the best epoch's weights fit: the next line replaces them.
+            models.load_trained(model, best["weights"])
+            models.load_trained(model, last["weights"])
+            optimizer.load_state_dict(last["optimizer"])
+            scaler.load_state_dict(last["scaler"])
+            history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
+    # Here all wait until each process has read what it needs of the run folder. And on separate
+    # disks they may have read different files.
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
     mine = json.dumps([same, len(history)])
     if set(exchange(mine)) != {mine}:
@@ -461,6 +453,10 @@ def start_run(args, config, history):
     if RANK == 0:
         (args.out / "result.json").unlink(missing_ok=True)  # of fewer epochs, or out of memory
         write_json(args, "config.json", config)
+    if history:
+        # The run may have been killed after it wrote last.pt, and before what is made from it.
+        save_epoch(args, config, history, best, model, optimizer, scaler)
+    return history, best
 
 
 def save_epoch(args, config, history, best, model, optimizer, scaler):
