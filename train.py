@@ -76,9 +76,13 @@ def fit(args, model, datasets, config):
         # The highest mean CCC over all of Development (our choice), the first of equals.
         is_best = best is None or sum(scores.values()) > sum(best["dev"].values())
         if is_best:
-            weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-            best = {"epoch": epoch, "dev": scores, "weights": weights}
-        save_epoch(args, config, history, best, model, optimizer, scaler)
+            best = {
+                "epoch": epoch,
+                "dev": scores,
+                "weights": {key: p.detach().to("cpu", copy=True) for key, p in parameters.items()},
+                "settings": {key: config[key] for key in SETTINGS},
+            }
+        save_epoch(args, history, best, model, optimizer, scaler)
         report_epoch(line, is_best, args)
     model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, test, args)
@@ -455,11 +459,11 @@ def start_run(args, config, model, optimizer, scaler):
         write_json(args, "config.json", config)
     if history:
         # The run may have been killed after it wrote last.pt, and before what is made from it.
-        save_epoch(args, config, history, best, model, optimizer, scaler)
+        save_epoch(args, history, best, model, optimizer, scaler)
     return history, best
 
 
-def save_epoch(args, config, history, best, model, optimizer, scaler):
+def save_epoch(args, history, best, model, optimizer, scaler):
     """Write last.pt, all that the next epoch depends on, and then what is made from it: best.pt and
     metrics.jsonl."""
     if RANK > 0:
@@ -471,8 +475,7 @@ def save_epoch(args, config, history, best, model, optimizer, scaler):
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    kept = best | {"settings": {key: config[key] for key in SETTINGS}}
-    for name, content in (("last.pt", last), ("best.pt", kept)):
+    for name, content in (("last.pt", last), ("best.pt", best)):
         with cache.atomic(args.out / name) as file:
             torch.save(content, file)
     with cache.atomic(args.out / "metrics.jsonl", "w") as file:
