@@ -196,7 +196,7 @@ class CachedDataset:
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
     """Open a file that appears at `path` whole or not at all. OSError if it cannot be written."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"  # Of several processes, each has one.
     try:
         with open(temporary, mode) as file:
             yield file

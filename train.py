@@ -320,9 +320,8 @@ def run(args):
                 fit(args, model, datasets, config)
         except MemoryError:  # It is a result as well: Table II.
             failure = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
-            # Several processes may come here at once. Each has a file of its own, and one remains.
-            write_json(args, f"result.json.{RANK}", config | failure)
-            (args.out / f"result.json.{RANK}").replace(args.out / "result.json")
+            # Several processes may come here at once. One of their files remains.
+            write_json(args, "result.json", config | failure)
             raise
 
 
@@ -574,7 +573,7 @@ def parse_args(argv):
     flag("--demo", help="synthetic speech, in demo/ or --out; ignores the rest")
     add("--data", help="corpus folder in MSP-Podcast's layout (section III of the paper)")
     add("--model", default="facebook/wav2vec2-base", help="hub id or folder (%(default)s, IV-A)")
-    add("--out", type=Path, help="run folder, new or to --resume")
+    add("--out", help="run folder, new or to --resume")
     number("--seed", 0, "the paper runs five (%(default)s, section V)", 0, 10**9)
     flag("--resume", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
@@ -583,8 +582,8 @@ def parse_args(argv):
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     flag("--skip-bad", help="go on without utterances that cannot be used")
-    # A wrong --method or --padding is refused where the model is built.
-    add("--method", default="partial", help="full, partial or lora (%(default)s, IV-B)")
+    names = ("full", "partial", "lora")
+    add("--method", default="partial", choices=names, help="(%(default)s, IV-B)")
     number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
     number("--rank", 8, "lora: rank of the update (%(default)s)")
     number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 0)
@@ -594,7 +593,8 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
-    add("--padding", default="paper", help="paper, or exact: as if alone (%(default)s)")
+    names = ("paper", "exact")
+    add("--padding", default="paper", choices=names, help="exact: as if alone (%(default)s)")
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
     flag("--recompute", help="compute activations twice, keep few (II-D)")
@@ -632,6 +632,7 @@ def resolve(args):
     args.precision_reason = "as asked"
     if args.precision is None:
         args.precision, args.precision_reason = choose_precision(args.device)
+    args.out = Path(args.out)
     args.cached = args.cache is not None
     args.freeze_embedding |= args.cached
     args.eval_batch_size = args.eval_batch_size or args.batch_size

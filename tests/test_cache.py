@@ -314,13 +314,13 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch):
     def instead_of_print(text, **_):
         said.append(text)
         if "waiting" in text:  # now the other one goes on, and ends
-            assert (folder / "shard-0-00000.pt.tmp").exists()
+            assert (folder / "shard-0-00000.pt.0.tmp").exists()
             (tmp_path / "other" / "shard-0-00000.pt").rename(folder / "shard-0-00000.pt")
             holder.communicate()
 
     monkeypatch.setattr(cache, "print", instead_of_print, raising=False)
     assert holder.stdout.readline() == b"held\n"
-    (folder / "shard-0-00000.pt.tmp").write_text("half")
+    (folder / "shard-0-00000.pt.0.tmp").write_text("half")
     before = (tmp_path / "other" / "shard-0-00000.pt").read_bytes()
     fill(folder, *FLOAT32)
     assert [text.startswith("waiting for another process") for text in said].count(True) == 1
