@@ -290,9 +290,9 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        # The values with which the weight of an nn.Linear starts, where and in what base's is.
+        self.lora_a = nn.Linear(base.in_features, rank, bias=False).to(base.weight).weight
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initialises its weight
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / rank
 
