@@ -152,21 +152,20 @@ class EmotionModel(nn.Module):
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def embedding(self):
-        """The modules of stage 0 that have weights."""
-        parts = [self.encoder.feature_projection, self.encoder.encoder.pos_conv_embed]
+        """The modules of stage 0."""
+        transformer = self.encoder.encoder
+        parts = [self.encoder.feature_projection, transformer.pos_conv_embed, transformer.dropout]
         if not self.norm_last:
-            parts.append(self.encoder.encoder.layer_norm)
-        return parts
+            parts.append(transformer.layer_norm)
+        return nn.ModuleList(parts)
 
     def train(self, mode=True):
         """Parts without a trainable parameter stay in eval mode: "the output of frozen layers does
         not change" (IV-C), so no dropout may work in them."""
         super().train(mode)
-        transformer = self.encoder.encoder
-        for part in [self.encoder.feature_extractor, *self.embedding(), *transformer.layers]:
+        encoder = self.encoder
+        for part in [encoder.feature_extractor, self.embedding(), *encoder.encoder.layers]:
             part.train(mode and any(p.requires_grad for p in part.parameters()))
-        # The dropout at the end of stage 0 goes with it.
-        transformer.dropout.train(transformer.pos_conv_embed.training)
         return self
 
     def count_frames(self, samples):
@@ -338,8 +337,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
             transformer.layer_norm.requires_grad_(True)
         if not freeze_embedding:
             model.cut = 0
-            for part in model.embedding():
-                part.requires_grad_(True)
+            model.embedding().requires_grad_(True)
     model.train(model.training)  # It sets frozen parts to eval mode: now it is known which.
 
 
