@@ -263,17 +263,18 @@ def wavlm_attention(attention, hidden, mask, position_bias, *_):
     replaces WavLM's method torch_multi_head_self_attention. `position_bias` (B * heads, T, T) is
     gated already. What else that method is given depends on the version of transformers, and is not
     needed here."""
-    split = []
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        heads = projection(hidden).unflatten(2, (attention.num_heads, -1))
-        split.append(heads.transpose(1, 2))  # (B, heads, T, D / heads)
+    split = [  # query, key and value, each (B, heads, T, D / heads)
+        projection(hidden).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
     bias = position_bias.unflatten(0, (len(hidden), -1))  # (B, heads, T, T)
     if mask is not None:
         # Only here, after the gate: before it, -inf in the bias would make the gate's gradient 0
         # times infinity, which is NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(*split, bias.to(split[0].dtype), dropout)
+    # Where autocast is on, it casts the bias as it does the rest.
+    mixed = F.scaled_dot_product_attention(*split, bias, dropout)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
