@@ -122,7 +122,7 @@ class EmotionModel(nn.Module):
         Takes wave (B, S) float, and `samples`, the true length of each waveform, B ints.
         Returns hidden, what stage `cut` takes: (B, T, D), or at cut 0 the CNN's features (B, T, C);
         and frames, their true lengths, B ints. Lengths are plain ints: to read them from a tensor
-        on a GPU, one would have to wait for it. TypeError or ValueError for other shapes.
+        on a GPU, one would have to wait for it. ValueError for anything else.
         """
         check_batch(wave, samples)
         frames = [self.count_frames(n) for n in samples]
@@ -245,12 +245,11 @@ class EmotionModel(nn.Module):
 
 
 def check_batch(inputs, lengths):
-    """TypeError or ValueError unless inputs are a tensor (B, n, ...), and lengths B ints from 1 to
-    n: a NumPy array or an attention mask would be misread in silence."""
-    if not torch.is_tensor(inputs) or not all(type(n) is int for n in lengths):
-        raise TypeError("a tensor (B, ...) and its true lengths, B ints, are needed")
-    if len(lengths) != len(inputs) or not all(0 < n <= inputs.shape[1] for n in lengths):
-        raise ValueError(f"inputs {tuple(inputs.shape)} do not have the true lengths {lengths}")
+    """ValueError unless inputs are a tensor (B, n, ...), and lengths B ints from 1 to n: a NumPy
+    array or an attention mask would be misread in silence."""
+    fits = torch.is_tensor(inputs) and len(inputs) == len(lengths)
+    if not (fits and all(type(n) is int and 0 < n <= inputs.shape[1] for n in lengths)):
+        raise ValueError(f"no tensor (B, n, ...) with its true lengths, B ints: {lengths!s:.99}")
 
 
 def first_of(output):

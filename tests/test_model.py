@@ -480,15 +480,15 @@ def test_digest():
 # ---- what it takes ----
 
 WRONG = {  # what is given for a wave of two times 900 samples and their lengths
-    "an array": (lambda wave: (wave.numpy(), [900, 900]), TypeError, "true lengths"),
-    "a mask": (lambda wave: (wave, torch.ones(2, 900).long()), TypeError, "true lengths"),
-    "a tensor": (lambda wave: (wave, torch.tensor([900, 900])), TypeError, "true lengths"),
-    "shares": (lambda wave: (wave, [1.0, 0.5]), TypeError, "true lengths"),
-    "beyond": (lambda wave: (wave, [900, 901]), ValueError, "true lengths"),
-    "empty": (lambda wave: (wave, [900, 0]), ValueError, "true lengths"),
-    "too few": (lambda wave: (wave, [900]), ValueError, "true lengths"),
-    "no batch": (lambda wave: (wave[0], [900]), ValueError, "true lengths"),
-    "no frame": (lambda wave: (wave[:, :399], [399, 399]), ValueError, "shorter than one frame"),
+    "an array": (lambda wave: (wave.numpy(), [900, 900]), "true lengths"),
+    "a mask": (lambda wave: (wave, torch.ones(2, 900).long()), "true lengths"),
+    "a tensor": (lambda wave: (wave, torch.tensor([900, 900])), "true lengths"),
+    "shares": (lambda wave: (wave, [1.0, 0.5]), "true lengths"),
+    "beyond": (lambda wave: (wave, [900, 901]), "true lengths"),
+    "empty": (lambda wave: (wave, [900, 0]), "true lengths"),
+    "too few": (lambda wave: (wave, [900]), "true lengths"),
+    "no batch": (lambda wave: (wave[0], [900]), "true lengths"),
+    "no frame": (lambda wave: (wave[:, :399], [399, 399]), "shorter than one frame"),
 }
 
 
@@ -497,8 +497,8 @@ WRONG = {  # what is given for a wave of two times 900 samples and their lengths
 def test_wrong_batches(case, padding):
     """Inputs that are no tensor, lengths that are not B ints within it, and waveforms too short for
     one frame are one clear error."""
-    make, kind, reason = WRONG[case]
-    with pytest.raises(kind, match=reason):
+    make, reason = WRONG[case]
+    with pytest.raises(ValueError, match=reason):
         tiny_model(padding)[0](*make(torch.zeros(2, 900)))
 
 
