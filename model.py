@@ -322,15 +322,22 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     depth = len(transformer.layers)
     if layers is None and method != "partial":
         layers = depth
-    check_freeze(model, method, layers, depth, freeze_embedding)
+    if method not in ("full", "partial", "lora"):
+        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
+    if layers not in range(1, depth + 1):
+        raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible")
+    if method == "full" and (layers < depth or freeze_embedding):
+        raise ValueError("full trains all layers and the embedding; for less, or a cache: partial")
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already: build a new model")
     model.encoder.requires_grad_(False)
     last = transformer.layers[depth - layers :]
     model.cut = depth - layers + 1  # The stage of the first of these layers.
     if method == "lora":
         for layer in last:
-            for name in ("q_proj", "v_proj"):
-                base = getattr(layer.attention, name)
-                setattr(layer.attention, name, LoRALinear(base, rank, alpha, lora_dropout))
+            attention = layer.attention
+            attention.q_proj = LoRALinear(attention.q_proj, rank, alpha, lora_dropout)
+            attention.v_proj = LoRALinear(attention.v_proj, rank, alpha, lora_dropout)
     else:
         last.requires_grad_(True)
         if model.norm_last:
@@ -339,18 +346,6 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
             model.cut = 0
             model.embedding().requires_grad_(True)
     model.train(model.training)  # It sets frozen parts to eval mode: now it is known which.
-
-
-def check_freeze(model, method, layers, depth, freeze_embedding):
-    """The ValueErrors of `freeze`, for an encoder of `depth` layers."""
-    if method not in ("full", "partial", "lora"):
-        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
-    if layers not in range(1, depth + 1) or (method == "full" and layers != depth):
-        raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible, full takes all")
-    if method == "full" and freeze_embedding:
-        raise ValueError("full trains the embedding: to freeze it, as a cache does, take partial")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: build a new model")
 
 
 def count_parameters(parameters):
