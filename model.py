@@ -35,12 +35,12 @@ from types import MethodType
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.versions import require_version
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 
@@ -384,48 +384,41 @@ def load_encoder(name):
     ValueError of one line where none loads, or it cannot be trained here.
     """
     config = read_config(name)
-    encoder, report = from_pretrained(
-        transformers.AutoModel,
-        name,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="eager",  # All families have it, and EmotionModel replaces it.
-        ignore_mismatched_sizes=True,  # They are refused below, by the same line as missing ones.
-        output_loading_info=True,
-    )
-    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lacking -= {"masked_spec_embed"}  # It is SpecAugment's, and nothing here uses it.
-    if lacking:
-        raise ValueError(f"'{name}': {len(lacking)} weights missing or misshapen: {min(lacking)} …")
-    extractor = from_pretrained(transformers.AutoFeatureExtractor, name)
-    rate = extractor.sampling_rate
-    if rate not in range(4000, 192001):
-        raise ValueError(f"'{name}': preprocessor_config.json lacks a sampling_rate in Hz")
-    return encoder, {"sample_rate": rate, "normalise": bool(extractor.do_normalize)}
+    with blame(name):
+        encoder, report = transformers.AutoModel.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",  # All families have it, and EmotionModel replaces it.
+            ignore_mismatched_sizes=True,  # They are refused below, with the missing ones.
+            output_loading_info=True,
+        )
+        lacking = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+        lacking -= {"masked_spec_embed"}  # It is SpecAugment's, and nothing here uses it.
+        if lacking:
+            raise ValueError(f"{len(lacking)} weights missing or misshapen: {min(lacking)} …")
+        extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(name)  # of all FAMILIES
+        rate = extractor.sampling_rate
+        if rate not in range(4000, 192001):
+            raise ValueError("preprocessor_config.json lacks a sampling_rate in Hz")
+        return encoder, {"sample_rate": rate, "normalise": bool(extractor.do_normalize)}
 
 
 def read_config(name):
-    """The configuration of an encoder that can be trained here. ValueError for any other."""
-    if Version(transformers.__version__) < Version("4.57"):
-        raise ValueError("transformers is too old: pip install 'transformers>=4.57'")
-    config = from_pretrained(transformers.AutoConfig, name)
-    odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
-    if odd or config.model_type not in FAMILIES:
-        reason = odd or config.model_type
-        raise ValueError(f"'{name}': {reason}; only plain ones of {FAMILIES} can be trained")
-    if find_adapter_config_file(name):
-        raise ValueError(f"'{name}' holds adapter_config.json: merge its adapter, else it is lost")
-    config.update(OVERRIDES)
-    return config
-
-
-def from_pretrained(auto, name, **options):
-    """auto.from_pretrained, quietly, never running code of a folder. ValueError of one line."""
+    """The configuration of an encoder that can be trained here. ValueError for any other. No code
+    of its folder is run. From here on, transformers prints errors only."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     hint = "" if os.path.isdir(name) else " (no folder here: give its place by --model)"
     with blame(name + hint):
-        return auto.from_pretrained(name, trust_remote_code=False, **options)
+        require_version("transformers>=4.57")
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **OVERRIDES)
+        odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
+        if odd or config.model_type not in FAMILIES:
+            raise ValueError(f"{odd or config.model_type}; only plain ones of {FAMILIES} can")
+        if find_adapter_config_file(name):
+            raise ValueError("it holds adapter_config.json: merge its adapter, else it is lost")
+        return config
 
 
 @contextlib.contextmanager
@@ -436,7 +429,9 @@ def blame(path):
         yield path
     except Exception as error:
         reason = re.split("\n|[.] ", f"{type(error).__name__}: {error}")[0]
-        raise ValueError(f"'{path}' cannot be used, make or fetch it again: {reason}") from error
+        raise ValueError(
+            f"'{path}' cannot be used (if damaged, make or fetch it again): {reason}"
+        ) from error
 
 
 def digest(encoder):

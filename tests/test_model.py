@@ -2,6 +2,7 @@
 precision against float32, parameter counts of the paper, and checkpoints and runs in and out."""
 
 import copy
+import importlib.metadata
 import json
 import shutil
 from functools import partial
@@ -426,9 +427,9 @@ def test_missing_weight_is_an_error(lacking, tmp_path):
 
 
 def test_older_transformers_is_refused(encoder, monkeypatch):
-    """A transformers before 4.57 is refused with what to do."""
-    monkeypatch.setattr(transformers, "__version__", "4.56.2")
-    with pytest.raises(ValueError, match="pip install"):
+    """A transformers before 4.57 is refused with what is required."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.56.2")
+    with pytest.raises(ValueError, match="transformers>=4.57 is required.* found .*4.56.2"):
         models.load_encoder(encoder)
 
 
