@@ -459,8 +459,9 @@ def load_trained(model, weights):
 def build(encoder, audio, settings):
     """An EmotionModel, built and frozen as `settings` say: the arguments of a run, {name: value}.
     `encoder, audio` are what load_encoder returns."""
-    keys = ["attributes", "dropout", "padding"]
-    model = EmotionModel(encoder, **{key: settings[key] for key in keys}, **audio)
+    model = EmotionModel(
+        encoder, settings["attributes"], settings["dropout"], settings["padding"], **audio
+    )
     model.encoder_sha256 = digest(encoder)  # It is taken before adapters come into the encoder.
     model.scale = [float(end) for end in settings["scale"]]
     keys = ["method", "layers", "freeze_embedding", "rank", "alpha", "lora_dropout"]
@@ -481,13 +482,11 @@ def load_run(run, name=None):
     encoder, audio = load_encoder(name)
     with blame(Path(run, "best.pt")) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        expected = saved["settings"]["encoder_sha256"]
-    if digest(encoder) != expected:
-        raise ValueError(f"'{path}' was trained from another encoder than '{name}' is")
-    with blame(path):
+        if digest(encoder) != saved["settings"]["encoder_sha256"]:
+            raise ValueError(f"it was trained from another encoder than '{name}' is")
         model = build(encoder, audio, saved["settings"])
         load_trained(model, saved["weights"])
-    return model.eval()
+        return model.eval()
 
 
 # This is what Python, PyTorch on a GPU and on a CPU, cuBLAS and cuDNN say.
