@@ -515,7 +515,6 @@ def predict(args):
     import data  # Only the command needs it, and no part of what is copied.
 
     model = load_run(args.run, args.model).to(choose_device(args.device))
-    low, high = model.scale
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
@@ -538,11 +537,7 @@ def predict(args):
         # No bar among rows on the terminal. With disable=None, only a terminal's stderr has one.
         for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
             try:
-                for bounds, predictions in predict_file(model, u.path, args.window, args.hop):
-                    # Predictions and labels are on 0 to 1. Without a corpus there are no labels.
-                    units = [*predictions, *u.labels]
-                    values = [*bounds, *(low + (high - low) * unit for unit in units)]
-                    writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
+                writer.writerows(predict_file(model, u, args.window, args.hop))
             except (ValueError, FileNotFoundError) as error:
                 failed = True
                 tqdm.write(str(error), sys.stderr)
@@ -551,24 +546,26 @@ def predict(args):
 
 
 @torch.no_grad()
-def predict_file(model, path, window=None, hop=None):
-    """Yield (bounds, predictions) of a file, or of each of its windows. Bounds are () or (start,
-    stop) in seconds, and predictions floats, one an attribute, on 0 to 1. ValueError for unusable
+def predict_file(model, u, window, hop):
+    """Yield a CSV's row of an utterance's file, or of each of its windows. ValueError for unusable
     sound."""
     import data
 
+    low, high = model.scale
     pieces = [()]  # the whole
     if window:
-        samples = data.measure(path, model.sample_rate, limited=False)
+        samples = data.measure(u.path, model.sample_rate, limited=False)
         pieces = windows(samples / model.sample_rate, window, hop)
-    for bounds in pieces:
-        wave = data.load_audio(path, model.sample_rate, *bounds)
+    for bounds in pieces:  # () or (start, stop) in seconds
+        wave = data.load_audio(u.path, model.sample_rate, *bounds)
         if data.is_constant(wave):
-            tqdm.write(f"note: constant sound: '{path}' {bounds or ''}", sys.stderr)
-        with explain_memory(f"'{path}' needs --window, or a shorter one"):
+            tqdm.write(f"note: constant sound: '{u.path}' {bounds or ''}", sys.stderr)
+        with explain_memory(f"'{u.path}' needs --window, or a shorter one"):
             wave = torch.from_numpy(wave).to(model.head.weight.device)
-            predictions = model(wave[None], [len(wave)])[0].tolist()
-        yield bounds, predictions
+            units = model(wave[None], [len(wave)])[0].tolist()
+        # Predictions and labels are on 0 to 1. Without a corpus there are no labels.
+        values = [low + (high - low) * unit for unit in [*units, *u.labels]]
+        yield [u.name, *(f"{value:.6f}" for value in [*bounds, *values])]
 
 
 def windows(seconds, length, hop):
