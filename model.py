@@ -172,7 +172,7 @@ class EmotionModel(nn.Module):
         """How many frames the CNN makes of a number of samples. With the usual kernels and strides,
         a frame is made of 400 samples (25 ms), and the next begins 320 (20 ms) later."""
         config = self.encoder.config
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride):
             samples = (samples - kernel) // stride + 1
         return samples
 
@@ -180,13 +180,12 @@ class EmotionModel(nn.Module):
         """Wave (B, S) -> a new float32 (B, S): each row's true samples with mean 0 and variance 1,
         if the checkpoint wants that, and zeros after them. The moments are those of the true
         samples, before padding, by Hugging Face's formula."""
-        result = torch.zeros_like(wave, dtype=torch.float32)
-        for i, n in enumerate(samples):
-            own = wave[i, :n].float()
+        wave = wave.to(torch.float32, copy=True)
+        for row, n in zip(wave, samples):
             if self.normalise:
-                own = F.layer_norm(own, own.shape, eps=1e-7)
-            result[i, :n] = own
-        return result
+                row[:n] = F.layer_norm(row[:n], (n,), eps=1e-7)
+            row[n:] = 0
+        return wave
 
     def features(self, wave, samples):
         """The CNN: (B, S) -> (B, T, C)."""
@@ -195,7 +194,7 @@ class EmotionModel(nn.Module):
             return cnn(wave).transpose(1, 2)
         # Base encoders have a GroupNorm over time here: zeros after a waveform would change every
         # frame of it, so each waveform goes through the CNN alone.
-        alone = [cnn(row[None, :n])[0].T for row, n in zip(wave, samples, strict=True)]  # (T, C)
+        alone = [cnn(row[None, :n])[0].T for row, n in zip(wave, samples)]  # each (T, C)
         return pad_sequence(alone, batch_first=True)
 
     def mask(self, hidden, frames):
