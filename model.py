@@ -604,15 +604,10 @@ def export(args):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merge())
     config = model.encoder.config
-    config.update(
-        {
-            "classifier_proj_size": config.hidden_size,
-            "use_weighted_layer_sum": False,
-            "problem_type": "regression",
-            "id2label": dict(enumerate(model.attributes)),
-            "label2id": {name: i for i, name in enumerate(model.attributes)},
-        }
-    )
+    config.classifier_proj_size = config.hidden_size
+    config.use_weighted_layer_sum = False
+    config.problem_type = "regression"
+    config.id2label = dict(enumerate(model.attributes))
     exported = transformers.AutoModelForAudioClassification.from_config(config)
     exported.base_model.load_state_dict(model.encoder.state_dict())
     exported.classifier = model.head
