@@ -531,10 +531,11 @@ def predict(args):
             )
     else:
         utterances = data.find_audio(args.audio)
+    if args.csv:  # else a bar would stand among the rows
+        utterances = data.progress(utterances, "predict")
     failed = False
     with open_csv(args.csv, header) as writer:
-        # No bar among rows on the terminal. With disable=None, only a terminal's stderr has one.
-        for u in tqdm(utterances, "predict", leave=False, disable=None if args.csv else True):
+        for u in utterances:
             try:
                 writer.writerows(predict_file(model, u, args.window, args.hop))
             except (ValueError, FileNotFoundError) as error:
@@ -679,15 +680,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     where = "the run's encoder, if no longer where it was"
-    text = "for files, each alone, on the run's scale"
-    add = commands.add_parser("predict", help=text).add_argument
+    add = commands.add_parser("predict", help="for files, on the run's scale").add_argument
     add("run", help="a run folder of train.py")
     # Not nargs "*": with it, argparse takes no file where an option stands before the files.
     files = add("audio", nargs="+", help="audio files, and folders of them")
     files.required = False  # --data may stand instead.
     add("--csv", help="write here instead of the terminal")
-    add("--window", type=float, metavar="S", help="predict for pieces of so many seconds")
-    add("--hop", type=float, metavar="S", help="from one piece's start to the next's (--window)")
+    add("--window", type=float, help="predict for pieces of so many seconds")
+    add("--hop", type=float, help="seconds from a piece's start to the next's (--window)")
     add("--data", help="predict for a split of this corpus, and write its labels beside")
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
