@@ -554,8 +554,10 @@ def predict_file(model, u, window, hop):
     low, high = model.scale
     pieces = [()]  # the whole
     if window:
-        samples = data.measure(u.path, model.sample_rate, limited=False)
-        pieces = windows(samples / model.sample_rate, window, hop)
+        seconds = data.measure(u.path, model.sample_rate, limited=False) / model.sample_rate
+        # Another window begins while over .1 s is left; it may be shorter.
+        count = 1 + max(0, math.ceil((seconds - window - 0.1) / hop))
+        pieces = [(k * hop, min(k * hop + window, seconds)) for k in range(count)]
     for bounds in pieces:  # () or (start, stop) in seconds
         wave = data.load_audio(u.path, model.sample_rate, *bounds)
         if data.is_constant(wave):
@@ -566,12 +568,6 @@ def predict_file(model, u, window, hop):
         # Predictions and labels are on 0 to 1. Without a corpus there are no labels.
         values = [low + (high - low) * unit for unit in [*units, *u.labels]]
         yield [u.name, *(f"{value:.6f}" for value in [*bounds, *values])]
-
-
-def windows(seconds, length, hop):
-    """[(start, stop)] in seconds. Another begins while over .1 s is left; it may be shorter."""
-    count = 1 + max(0, math.ceil((seconds - length - 0.1) / hop))
-    return [(k * hop, min(k * hop + length, seconds)) for k in range(count)]
 
 
 @contextlib.contextmanager

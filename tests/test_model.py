@@ -713,8 +713,10 @@ def test_windows(small, score, tmp_path):
         soundfile.write(tmp_path / f"{k}.wav", piece, 16000, "FLOAT")
         (alone,) = score(small, tmp_path / f"{k}.wav")
         assert [alone["Act"], alone["Val"]] == [rows[k]["Act"], rows[k]["Val"]]
-    assert models.windows(2.65, 1, 1) == [(0, 1), (1, 2), (2, 2.65)]
-    assert models.windows(0.3, 1, 1) == [(0, 0.3)]
+    for seconds, ends in ((2.65, [1, 2, 2.65]), (0.3, [0.3])):
+        soundfile.write(tmp_path / "cut.wav", np.resize(sound, round(seconds * 16000)), 16000)
+        rows = score(small, tmp_path / "cut.wav", "--window", 1)
+        assert [(float(row["Start"]), float(row["End"])) for row in rows] == [*enumerate(ends)]
     soundfile.write(tmp_path / "minute.wav", np.resize(sound, 61 * 16000), 16000)
     assert len(score(small, tmp_path / "minute.wav", "--window", 20)) == 4
     for wrong in (["--hop", 1], ["--window", 1, "--hop", 2], ["--window", -1], ["--window", "inf"]):
