@@ -295,8 +295,8 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x):
-        low = F.linear(self.dropout(x), self.lora_a)  # (..., rank)
-        return self.base(x) + self.scale * F.linear(low, self.lora_b)
+        low = self.dropout(x) @ self.lora_a.T  # (..., rank)
+        return self.base(x) + self.scale * low @ self.lora_b.T
 
     @torch.no_grad()
     def merge(self):
@@ -414,7 +414,7 @@ def read_config(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **OVERRIDES)
         odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
         if odd or config.model_type not in FAMILIES:
-            raise ValueError(f"{odd or config.model_type}; only plain ones of {FAMILIES} can")
+            raise ValueError(f"{odd or config.model_type}: not a plain one of {FAMILIES}")
         if find_adapter_config_file(name):
             raise ValueError("it holds adapter_config.json: merge its adapter, else it is lost")
         return config

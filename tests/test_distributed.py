@@ -214,7 +214,9 @@ def test_killed_and_resumed(out, encoder, cached, launch):
     with pytest.raises(ValueError, match="is of a run with processes 2, not 1"):
         launch(parts, *line)
     line = [*TORCHRUN, 2, train.__file__, *line, "--model", encoder, "--out", parts]
-    resumed = subprocess.run(map(str, line), capture_output=True, text=True, check=False)
+    # Another number of threads, which the user may have set, would round otherwise.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    resumed = subprocess.run(map(str, line), capture_output=True, text=True, check=False, env=env)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 1/2" not in resumed.stdout and resumed.stdout.count("epoch 2/2") == 1
     assert resumed.stdout.count("Test1 with epoch") == 1 == resumed.stdout.count("steps an epoch")

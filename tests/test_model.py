@@ -383,11 +383,11 @@ def test_old_checkpoint_layout(tmp_path, capfd, caplog, monkeypatch):
 
 
 NO_ENCODER = [  # a file in an encoder's folder, what is changed in it, and what is said of that
-    ("config.json", {"model_type": "whisper"}, "whisper.* only plain ones"),
-    ("config.json", {"model_type": "bert"}, "bert.* only plain ones"),
-    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* only plain ones"),
-    ("config.json", {"add_adapter": True}, "add_adapter.* only plain ones"),
-    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, "norm.*only plain ones"),
+    ("config.json", {"model_type": "whisper"}, "whisper.* not a plain one"),
+    ("config.json", {"model_type": "bert"}, "bert.* not a plain one"),
+    ("config.json", {"model_type": "data2vec-audio"}, "data2vec-audio.* not a plain one"),
+    ("config.json", {"add_adapter": True}, "add_adapter.* not a plain one"),
+    ("config.json", {"model_type": "hubert", "conv_pos_batch_norm": True}, "norm.*not a plain one"),
     ("config.json", {"hidden_size": "wide"}, "cannot be used"),  # an error of several lines
     ("config.json", "[1, 2]", "cannot be used"),
     ("adapter_config.json", "{}", "adapter_config.json: merge"),
