@@ -210,16 +210,13 @@ def atomic(path, mode="wb"):
 
 
 @contextlib.contextmanager
-def lock(folder, name=".lock", wait=False):
-    """Make a folder, and hold a lock of it. Where another process holds that, raise OSError or,
-    with `wait`, say so and wait."""
+def lock(folder, name=".lock"):
+    """Make a folder, and hold a lock of it. Where another process holds that, say so and wait."""
     os.makedirs(folder, exist_ok=True)
     with open(Path(folder, name), "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if not wait:
-                raise OSError(f"'{folder}' is in use by another process") from error
+        except (BlockingIOError, PermissionError):
             print(f"waiting for another process, which writes into '{folder}'", flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
@@ -256,7 +253,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
         return
-    with lock(folder, f".lock-{process}", wait=True):
+    with lock(folder, f".lock-{process}"):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = look(folder, model, wanted, dtype)
