@@ -26,10 +26,10 @@ ROW = TRAINED + str.split("""attributes padding eval_batch_size cached cache fre
 # All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise.
 # `labels` is a digest of the labels of a run's attributes: it agrees where the attributes do.
 SAME = str.split("corpus splits scale encoder_sha256 labels epochs batch_size lr dropout")
-# A run's result.json must have a number under each of these.
+# A run's result.json must have a number under each of these; true and false are 1 and 0.
 NUMBERS = str.split("""seed layers rank alpha lora_dropout processes eval_batch_size
     trainable_parameters epochs batch_size lr dropout fill_seconds peak_memory_bytes
-    device_memory_bytes""")
+    device_memory_bytes cached freeze_embedding out_of_memory""")
 # Okabe and Ito's colours can be told apart by everyone. Their faint yellow is left out.
 COLORS = str.split("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000")
 
@@ -68,7 +68,7 @@ def find_alike(row, rows, wanted):
     fitting = [other for other in rows if wanted.items() <= other.items()]
 
     def strangeness(other):  # False comes before True.
-        return bool(other["freeze_embedding"]), other["computed"] != row["computed"]
+        return other["freeze_embedding"], other["computed"] != row["computed"]
 
     return min(fitting, key=strangeness, default=None)
 
@@ -141,11 +141,9 @@ def read_run(folder):
             numbers = [*NUMBERS, "train_seconds", *result["attributes"].split("+")]
         for key in numbers:
             # JSON has NaN, and numbers without end. Text is a TypeError.
-            if isinstance(result[key], bool) or not -1 <= result[key] < 2**64:
+            if not -1 <= result[key] < 2**64:
                 raise ValueError(f"{key} is {result[key]!r:.40}")
-        # A list or a dict in place of a setting cannot be hashed, which is a TypeError, too.
-        set(map(result.get, [*ROW, "device"]))
-        keys = [*ROW, *SAME, *numbers, "device", "out_of_memory"]
+        keys = [*ROW, *SAME, *numbers, "device"]
         return {key: result[key] for key in keys} | {"folder": str(folder)}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is damaged or of an older version: {error!r}") from error
@@ -195,12 +193,12 @@ def group_rows(runs):
     """The rows in the paper's order: uncached first, then fewer parameters, then fp32."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run[key] for key in ROW), []).append(run)
+        # As text, because a damaged file may have a list in place of a setting.
+        groups.setdefault(str([run[key] for key in ROW]), []).append(run)
     rows = [make_row(group) for group in groups.values()]
 
-    def place(row):
-        # As texts, whatever a damaged file holds can be sorted, and False comes before True.
-        kind = row["scored"], str(row["cached"]), str(row["freeze_embedding"])
+    def place(row):  # False comes before True.
+        kind = row["scored"], row["cached"], row["freeze_embedding"]
         return *kind, row["trainable_parameters"], row["precision"] != "fp32"
 
     rows.sort(key=place)
