@@ -79,41 +79,39 @@ def mark_attribute(rows, attribute):
     Fills row["marks"], and returns a line {column: text} for each t-test.
     """
     rows = [row for row in rows if attribute in row and row["several"]]
-    lines = []
-    # A table may hold several rows of full fp32, say one of each padding. Each has its own ANOVA.
-    for full in rows:
-        others = [row for row in rows if row is not full and not row["cached"]]
-        compared = [row for row in others if find_alike(row, rows, FULL) is full]
-        if compared:
-            full["marks"][attribute] = ""
-            groups = [row[attribute] for row in [full, *compared]]
-            # As in `compare`, NaN means that nothing varies at all.
-            p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
-            for row in compared:
-                lines.append(mark_pair(row, full, attribute, len(compared), p_anova))
+    # A family is a row, and those that are compared with it. In the paper, cached rows have no ANOVA
+    # and no correction. So each makes a family of two with its twin, where neither changes a thing:
+    # the p value of an ANOVA over two rows is that of their t-test.
+    families = {}
     for row in rows:
-        twin = find_alike(row, rows, {key: row[key] for key in TRAINED})
-        if row["cached"] and twin:
-            # The paper has no ANOVA here, and no correction.
-            lines.append(mark_pair(row, twin, attribute))
+        wanted = {key: row[key] for key in TRAINED} if row["cached"] else FULL
+        other = find_alike(row, rows, wanted)
+        if other is row:
+            row["marks"][attribute] = ""  # It is the full fp32 of its family.
+        elif other:
+            name = row["name"] if row["cached"] else other["name"]
+            families.setdefault(name, [other]).append(row)
+    lines = []
+    for other, *compared in families.values():
+        groups = [row[attribute] for row in [other, *compared]]
+        # As in `compare`, NaN means that nothing varies at all.
+        p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
+        for row in compared:
+            p, difference, interval = compare(row[attribute], other[attribute])
+            corrected = min(1.0, p * len(compared))  # Bonferroni: so many t-tests.
+            row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
+            line = {
+                "row": row["name"],
+                "attribute": attribute,
+                "against": other["name"],
+                "difference": format_ccc(difference),
+                "95 % interval": " to ".join(map(format_ccc, interval)),
+                "p": f"{p:.3g}",
+                "corrected": f"{corrected:.3g}",
+                "ANOVA's p": f"{p_anova:.3g}",
+            }
+            lines.append(line)
     return lines
-
-
-def mark_pair(row, other, attribute, tests=1, p_anova=0.0):
-    """Mark a row by its t-test against another, and return the line that tells of it."""
-    p, difference, interval = compare(row[attribute], other[attribute])
-    corrected = min(1.0, p * tests)  # Bonferroni: so many rows are compared with the other one.
-    row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
-    return {
-        "row": row["name"],
-        "attribute": attribute,
-        "against": other["name"],
-        "difference": format_ccc(difference),
-        "95 % interval": " to ".join(map(format_ccc, interval)),
-        "p": f"{p:.3g}",
-        "corrected": f"{corrected:.3g}",
-        "ANOVA's p": "" if row["cached"] else f"{p_anova:.3g}",
-    }
 
 
 def find_runs(top):
