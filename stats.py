@@ -60,17 +60,11 @@ def decide_mark(cached, difference, p, p_anova):
     return "†" if difference < 0 else "‡"
 
 
-def find_alike(row, rows, wanted):
-    """That uncached row which has the wanted settings and may be compared with `row`, or None.
-    Of several it is one whose embedding is trained, as the paper's, then one that was computed in
-    the same way, then the first."""
+def find_uncached(row, rows, wanted):
+    """The first uncached row that has the wanted settings and may be compared with `row`, or None.
+    In the order of `group_rows`, rows whose embedding is trained come first, as the paper's do."""
     wanted = wanted | {"scored": row["scored"], "cached": False, "several": True}
-    fitting = [other for other in rows if wanted.items() <= other.items()]
-
-    def strangeness(other):  # False comes before True.
-        return other["freeze_embedding"], other["computed"] != row["computed"]
-
-    return min(fitting, key=strangeness, default=None)
+    return next((other for other in rows if wanted.items() <= other.items()), None)
 
 
 def mark_attribute(rows, attribute):
@@ -85,7 +79,7 @@ def mark_attribute(rows, attribute):
     families = {}
     for row in rows:
         wanted = {key: row[key] for key in TRAINED} if row["cached"] else FULL
-        other = find_alike(row, rows, wanted)
+        other = find_uncached(row, rows, wanted)
         if other is row:
             row["marks"][attribute] = ""  # It is the full fp32 of its family.
         elif other:
@@ -177,7 +171,6 @@ def make_row(runs):
     # on what else is in its batch.
     batch = row["eval_batch_size"] if row["padding"] == "paper" else ""
     row["scored"] = f"{row['attributes']} {row['padding']} {batch}"
-    row["computed"] = f"{row['processes']} {row['chunk']} {row['recompute']}"
     layers = row["layers"] if row["method"] == "partial" else ""
     row["short"] = f"{row['method']}{layers} {row['precision']}"
     if row["cached"]:
@@ -238,7 +231,7 @@ def table_one(rows, attributes):
             line[attribute] = f"{mean} {row['marks'].get(attribute, '-')}"
         line["train h"] = format_mean(row["train_seconds"] / 3600) or "out of memory"
         line["params"] = f"{row['trainable_parameters'] / 1e6:.2f}M"
-        full = find_alike(row, rows, FULL)
+        full = find_uncached(row, rows, FULL)
         if full and row["several"]:
             line["faster"] = format_saving(row, full, "train_seconds")
             line["fewer"] = format_saving(row, full, "trainable_parameters")
