@@ -332,14 +332,11 @@ def main(argv=None):
     if args.plot:
         plot(rows, attributes, args.plot)
     if args.format == "text":
-        print(f"p < {LEVEL}: † lower, ‡ higher than full fp32, cached than uncached; NS neither")
-        alone = ", ".join(row["name"] for row in rows if not row["marks"])
-        if alone:
-            print(
-                f"- not compared: {alone}. Two seeds are needed, and two of full fp32 (if cached: "
-                "of the row uncached), with the same attributes, padding and, if paper, "
-                "eval_batch_size."
-            )
+        print(
+            f"p < {LEVEL}: † lower, ‡ higher than full fp32, cached than uncached; NS neither\n"
+            "- not compared: this needs two seeds, and two of full fp32 (if cached: of the row "
+            "uncached), with the same attributes, padding and, if paper, eval_batch_size"
+        )
 
 
 if __name__ == "__main__":
