@@ -37,16 +37,14 @@ COLORS = str.split("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000")
 def compare(scores, reference):
     """Two-sided t-test of independent runs with pooled variance (section V).
 
-    Takes two arrays over seeds. Returns the p value, the difference of the means and the
-    difference's 95 % interval.
+    Takes two arrays over seeds. Returns the p value, NaN where nothing varies at all, the
+    difference of the means and the difference's 95 % interval.
     """
     difference = scores.mean() - reference.mean()
     # A shift of both changes no result, and leaves exact zeros where all scores are equal.
     shift = reference[0]
     test = stats.ttest_ind(scores - shift, reference - shift)
-    # SciPy gives NaN where nothing varies at all. That is no evidence of a difference.
-    p = np.nan_to_num(test.pvalue, nan=1.0)
-    return p, difference, test.confidence_interval(0.95)
+    return test.pvalue, difference, test.confidence_interval(0.95)
 
 
 def decide_mark(cached, difference, p, p_anova):
@@ -55,9 +53,9 @@ def decide_mark(cached, difference, p, p_anova):
 
     A t-test counts only where the ANOVA before it is significant, too.
     """
-    if p >= LEVEL or p_anova >= LEVEL:
-        return "NS" if cached else ""
-    return "†" if difference < 0 else "‡"
+    if p < LEVEL and p_anova < LEVEL:  # NaN is below nothing.
+        return "†" if difference < 0 else "‡"
+    return "NS" if cached else ""
 
 
 def find_uncached(row, rows, wanted):
@@ -88,8 +86,7 @@ def mark_attribute(rows, attribute):
     lines = []
     for other, *compared in families.values():
         groups = [row[attribute] for row in [other, *compared]]
-        # As in `compare`, NaN means that nothing varies at all.
-        p_anova = np.nan_to_num(stats.f_oneway(*groups).pvalue, nan=1.0)
+        p_anova = stats.f_oneway(*groups).pvalue
         for row in compared:
             p, difference, interval = compare(row[attribute], other[attribute])
             corrected = min(1.0, p * len(compared))  # Bonferroni: so many t-tests.

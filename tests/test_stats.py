@@ -134,17 +134,17 @@ def test_agrees_with_scipy(groups, tmp_path):
 
 def test_a_hand_worked_case(tmp_path, capsys):
     """1 2 3 against 4 5 6 (hundredths): t = -3.674 on 4 degrees, p = .0213; t² is ANOVA's F. An
-    attribute that does not vary has no mark, and nothing is NaN."""
+    attribute that does not vary has no mark, and its p value is NaN."""
     for seed, value in enumerate((0.01, 0.02, 0.03)):
         write_run(tmp_path, value, 0.4, seed=seed, **THREE)
         write_run(tmp_path, value + 0.03, 0.4, seed=seed)
     results, tests = tables(capsys, tmp_path, "--verbose")
     lines = [" ".join([*test.values()][2:]) for test in tests]  # t of 2.5 % is 2.776
     assert lines[0] == "full fp32 -.030 -.053 to -.007 0.0213 0.0213 0.0213"
-    assert lines[1] == "full fp32 .000 .000 to .000 1 1 1"
+    assert lines[1] == "full fp32 .000 .000 to .000 nan 1 nan"
     assert (results[0]["activation"], results[0]["valence"]) == (".020±.010 †", ".400±.000")
     p, difference, _ = stats.compare(np.full(3, 0.7), np.full(5, 0.7))
-    assert p == 1 and abs(difference) < 1e-9
+    assert np.isnan(p) and abs(difference) < 1e-9
     values = (0.6234, -0.0123, -0.0004, 0.9999, 10.25)
     assert [*map(stats.format_ccc, values)] == [".623", "-.012", ".000", "1.000", "10.250"]
 
