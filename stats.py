@@ -156,7 +156,7 @@ def refuse_mixture(runs):
 def make_row(runs):
     """A row: the settings that its runs share, and an array over finished seeds a measure."""
     done = [run for run in runs if not run["out_of_memory"]]
-    row = (done or runs)[0] | {"marks": {}, "several": len(done) > 1}
+    row = runs[0] | {"marks": {}, "several": len(done) > 1}
     for key in ["seed", "train_seconds", "peak_memory_bytes", *row["attributes"].split("+")]:
         row[key] = np.array([run[key] for run in done])
     if len(set(row["seed"])) < len(done):
@@ -293,9 +293,10 @@ def plot(rows, attributes, path):
 
 def show(table, form):
     """Print a table, {column: text} a line. Where a line lacks a column or its text, a dash."""
-    columns = list(dict.fromkeys(column for line in table for column in line))
-    cells = [[line.get(column, "").strip() or "-" for column in columns] for line in table]
-    lines = [columns] + cells
+    header = {column: column for line in table for column in line}
+    lines = [
+        [line.get(column, "").strip() or "-" for column in header] for line in [header, *table]
+    ]
     if form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:
