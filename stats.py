@@ -218,9 +218,8 @@ def format_saving(row, full, key):
 
 
 def table_one(rows, attributes):
-    """Table I, {column: text} a row, with savings against full fp32. Where a row has no other to be
-    compared with, it has a dash for a mark."""
-    table = []
+    """Table I: yields {column: text} for each row, with savings against full fp32. A row that is
+    compared with no other has a dash for a mark. Full fp32 itself has none."""
     for row in rows:
         line = {"row": row["name"], "n": f"{len(row['seed'])}"}
         for attribute in attributes:
@@ -235,23 +234,20 @@ def table_one(rows, attributes):
         if row["cached"]:
             line["fill h"] = f"{row['fill_seconds'] / 3600:.4g}"
         line["device"] = row["devices"]
-        table.append(line)
-    return table
+        yield line
 
 
 def memory_table(rows, sizes):
-    """Table II, {column: text} a row, for cards of some sizes in GB (10^9 bytes): ✓ from a row's
-    peak on, ✗ below it and up to a card on which it failed, else ?. A peak is what was allocated,
-    or on a CPU resident; a GPU needs some hundred MB beside it."""
-    table = []
+    """Table II: yields {column: text} for each row, for cards of some sizes in GB (10^9 bytes): ✓
+    from a row's peak on, ✗ below it and up to a card on which it failed, else ?. A peak is what was
+    allocated, or on a CPU resident; a GPU needs some hundred MB beside it."""
     for row in rows:
         peak = max(row["peak_memory_bytes"], default=0) / 1e9
         line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
         for size in sizes:
             fits = "✓" if peak else "?"
             line[f"{size} GB"] = "✗" if size < peak or size <= row["failed_gb"] else fits
-        table.append(line)
-    return table
+        yield line
 
 
 def plot(rows, attributes, path):
@@ -293,6 +289,7 @@ def plot(rows, attributes, path):
 
 def show(table, form):
     """Print a table, {column: text} a line. Where a line lacks a column or its text, a dash."""
+    table = list(table)  # It may be a generator, and is read twice.
     header = {column: column for line in table for column in line}
     lines = [
         [line.get(column, "").strip() or "-" for column in header] for line in [header, *table]
