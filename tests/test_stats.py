@@ -168,6 +168,10 @@ def test_cached_rows_meet_their_own_twin(tmp_path, capsys):
     assert lines["partial4 fp32 cached"][0] == "partial4 fp32 frozen"
     p = scipy.ttest_ind(0.584 + 0.01 * FIVE, 0.6 + 0.01 * FIVE).pvalue
     assert lines["partial2 fp32 cached"][-3:] == [f"{p:.3g}"] * 3  # ANOVA's is the same
+    row = {"method": "partial", "layers": 2, "processes": 4, "cached": True, "cache": "cut 9"}
+    write_row(tmp_path, (0.584, 0.01), **row)  # a second cached row of one twin corrects nothing
+    tests = tables(capsys, tmp_path, "--verbose")[1]
+    assert [test["corrected"] for test in tests].count(f"{p:.3g}") == 3  # and of 3 layers
 
 
 APART = [EXACT, {"eval_batch_size": 8}, {"attributes": ["activation"]}, {"rank": 4}]
