@@ -41,7 +41,7 @@ def encode(model, recordings, device):
     """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
 
     Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one
-    cache serves runs of any precision and padding.
+    cache serves runs of any precision and padding. The model is left on `device`, in eval mode.
     """
     model.eval().to(device)
     for name, wave, audio_crc in recordings:
@@ -116,7 +116,8 @@ class Entry(NamedTuple):
     audio_crc: int | None  # CRC-32 of the recording's file as it was read, if there was one
 
     def read(self):
-        """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged."""
+        """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged, KeyError
+        where the shard has been replaced and lacks them."""
         shard = open_shard(self.path)
         hidden = shard["states"][self.name].clone()
         if checksum(shard["fingerprint"], self.name, hidden) != self.checksum:
@@ -132,7 +133,8 @@ def open_shard(path):
     {name: (T, D)} and "entries" {name: Entry}. Only tensors and plain values are unpickled.
     ValueError for damage.
 
-    Shards stay mapped, because mapping one (.6 ms) takes longer than reading from it (.3 ms).
+    Shards stay mapped until read_entries is called again, because mapping one (.6 ms) takes longer
+    than reading from it (.3 ms).
     """
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
@@ -211,7 +213,8 @@ def atomic(path, mode="wb"):
 
 @contextlib.contextmanager
 def lock(folder, name=".lock"):
-    """Make a folder, and hold a lock of it. Where another process holds that, say so and wait."""
+    """Make a folder, and hold a lock of it. Where another process holds that, say so and wait.
+    Where there are no locks, say so and go on."""
     os.makedirs(folder, exist_ok=True)
     with open(Path(folder, name), "a") as file:
         try:
@@ -228,8 +231,8 @@ def lock(folder, name=".lock"):
 
 
 def fill_missing(folder, model, utterances, args, dtype=None):
-    """Fill this process's share of those of `utterances` that a cache lacks, and set the model's
-    cut to the cache's. ValueError where the folder is no cache, or none to train the model from.
+    """Fill this process's share of those of `utterances` that a cache lacks. The model is left with
+    the cache's cut, on `device`, in eval mode. ValueError where the folder is no cache, or none to train the model from.
 
     args : skip_bad, workers and device, of cache.py or train.py
     dtype : of a new cache, a key of DTYPES (None: float16)
@@ -249,14 +252,14 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     process, processes = process_numbers()
     # A share is by position in the corpus, and not in what is missing now. Thus processes that look
     # at different moments leave no gap between them.
-    _, missing = look(folder, model, utterances[process::processes], dtype)
+    _, missing = agree_with(folder, model, utterances[process::processes], dtype)
     wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
         return
     with lock(folder, f".lock-{process}"):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
-        fingerprint, missing = look(folder, model, wanted, dtype)
+        fingerprint, missing = agree_with(folder, model, wanted, dtype)
         frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
         print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
@@ -266,12 +269,14 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
 
-def look(folder, model, utterances, dtype):
-    """Compare a folder with a model -> the fingerprint of what would be filled into it now, and
-    those of `utterances` that it lacks. The model's cut becomes the folder's.
+def agree_with(folder, model, utterances, dtype):
+    """Set the model's cut to the folder's where that lies before it, and compare all else -> the
+    fingerprint of what would be filled into the folder now, and those of `utterances` that it
+    lacks.
 
     A folder with shards keeps its cut and dtype. A new one gets the model's cut, and `dtype` or, if
-    that is None, float16. ValueError where the shards differ from the model or from `dtype`.
+    that is None, float16. ValueError where the shards differ from the model or from `dtype`, and
+    where a folder without shards holds other files.
     """
     entries, stored, _ = read_entries(folder)
     seen = Path(folder).glob("[!.]*")  # Hidden files, locks among them, do not matter.
@@ -311,7 +316,7 @@ def process_numbers():
 
 def verify(folder, root):
     """Print every utterance that is damaged or, with a corpus `root`, whose recording has changed
-    since. ValueError if there are any."""
+    or gone since. ValueError if there are any."""
     import data
 
     entries, _, _ = read_entries(folder)

@@ -1,7 +1,7 @@
 """MSP-Podcast from disk (section III): audio, labels, a Dataset, and a synthetic corpus in the same
 layout. Everything above the command line stands alone: copy it. As a command:
 
-    python data.py MSP-Podcast   # a table of splits, then problems; exit status 1 if there are any
+    python data.py MSP-Podcast   # a table of splits, then problems: then the exit status is 1
     python data.py --demo demo   # write the synthetic corpus demo/ and a tiny encoder, demo/encoder
 
 A corpus is a folder with Audios/ and Labels/labels_consensus.csv; any release from 1.6 on is read.
@@ -41,7 +41,9 @@ class Utterance(NamedTuple):
     name: str  # FileName
     path: str
     split: str = ""
-    labels: tuple = ()  # A floats, the scale as 0 to 1 (section III); NaN in Test3
+    # A floats, the scale as 0 to 1 (section III); NaN in Test3. So are targets and predictions:
+    # numbers on the scale itself are only in files and on the screen.
+    labels: tuple = ()
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
 
@@ -134,9 +136,11 @@ def to_unit(cell, low, high):
 
 
 def read_table(path, columns=()):
-    """Rows of a CSV file by their names: {FileName: {column: cell}}. ValueError where it lacks one
-    of `columns`, or does not give each file one row, and each column one cell."""
+    """Rows of a CSV file by their names, {FileName: {column: cell}}, without spaces around cells and
+    without empty lines. ValueError where it lacks one of `columns` or has a column twice, where a
+    row has another number of cells or a name is in two rows, and where it is no CSV in UTF-8."""
     table = {}
+    faults = []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
         lines = ([cell.strip() for cell in cells] for cells in reader)
@@ -144,17 +148,20 @@ def read_table(path, columns=()):
             header = next(lines, [])
             for column in ["FileName", *columns, *filter(None, header)]:
                 if header.count(column) != 1:
-                    raise ValueError(f"no column {column}, or two, in {header[:20]}")
+                    reason = f"no column {column!r}, or two, in {header[:20]}"
+                    raise ValueError(f"'{path}': {reason}; cells are to be separated by commas")
             for cells in filter(any, lines):  # An empty line may have commas.
-                if len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} cells for {len(header)} columns")
                 row = dict(zip(header, cells))
-                if row["FileName"] in table:
-                    raise ValueError(f"a second row of {row['FileName']!r}")
-                table[row["FileName"]] = row
-        except (csv.Error, ValueError) as error:
-            remedy = "correct it, or save it as CSV in UTF-8, cells separated by commas"
-            raise ValueError(f"'{path}', line {reader.line_num}: {error}; {remedy}") from error
+                if len(cells) != len(header):
+                    faults.append(f"line {reader.line_num}: {len(cells)} cells, not {len(header)}")
+                elif row["FileName"] in table:
+                    faults.append(f"line {reader.line_num}: a second row of {row['FileName']!r}")
+                else:
+                    table[row["FileName"]] = row
+        except (csv.Error, UnicodeError) as error:
+            faults.append(f"line {reader.line_num} or later: {error}; save it as CSV in UTF-8")
+    if faults:
+        raise ValueError(f"'{path}' has to be corrected: {some(faults, 9)}")
     return table
 
 
@@ -178,7 +185,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
             kind = f"unknown split, not of {SPLITS}"
         elif split not in splits:
             continue
-        elif "/" in name or "\0" in name:  # ../other.wav
+        elif "/" in name or "\0" in name or len(name) > 255:  # ../other.wav
             kind = "not the plain name of a file"
         elif split != "Test3" and math.isnan(sum(labels)):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
@@ -190,8 +197,8 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
 
 
 def check_audio(utterances, sample_rate=16000):
-    """Inspect every file -> ([Utterance with samples], problems). OSError where the machine is at
-    fault: no audio folder, no permission, too many open files."""
+    """Inspect every file -> ([Utterance with samples], {what is wrong: [where]}). OSError where the
+    machine is at fault: no audio folder, no permission, too many open files."""
     good = []
     problems = defaultdict(list)
     files = {}
@@ -218,7 +225,8 @@ def simplify(path):
 
 def list_files(folder):
     """{simplified name: path} of all files in a corpus, whose audio folder this is: a file that is
-    missing there may be in a sub-folder, or in Audio where there is Audios, too."""
+    missing there may be in a sub-folder, or in Audio where there is Audios, too. A link to nothing
+    is found itself."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
     return {simplify(path): path for path in walk(os.path.dirname(folder))}
@@ -239,13 +247,14 @@ def refuse(problems, skip_bad):
     kinds = [f"{len(places)} {kind} ({some(places)})" for kind, places in problems.items()]
     text = some(kinds, 9)
     if not skip_bad:
-        raise ValueError(f"{text}; `python data.py ROOT` lists all, --skip-bad leaves them out")
+        raise ValueError(f"{text}; `python data.py ROOT` lists more, --skip-bad leaves them out")
     print(f"skipped: {text}", flush=True)
 
 
 def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
     """The utterances of some splits of a corpus whose labels can be used. Whether their audio can,
-    `usable` tells. ValueError for a split without any."""
+    `usable` tells. ValueError for a split without any and, unless `skip_bad`, where one cannot be
+    used; else a line is printed."""
     utterances, problems = read_corpus(root, attributes, scale, splits)
     refuse(problems, skip_bad)
     require(utterances, splits)
@@ -253,7 +262,8 @@ def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
 
 
 def usable(utterances, sample_rate=16000, skip_bad=False):
-    """The utterances whose audio can be used, with their numbers of samples."""
+    """The utterances whose audio can be used, with their numbers of samples. Unless `skip_bad`,
+    ValueError where one cannot; else a line is printed."""
     good, problems = check_audio(utterances, sample_rate)
     refuse(problems, skip_bad)
     return good
@@ -328,8 +338,8 @@ CLAIM = re.compile(
 DEFECTS = "Last page lacks|Junk after the last page|Unknown chunk marker.*Exiting parser"
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
 LENGTH = (
-    "truncated, empty, or of a length that its header does not tell; fetch it again, or if it plays"
-    f" to its end, {REWRITE} (a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
+    "truncated, empty, or of a length that cannot be checked; fetch it again, or if it plays to its"
+    f" end, {REWRITE} (a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
 )
 
 
@@ -348,7 +358,8 @@ def open_sound(source, sample_rate, limited):
                 judge_header(sound, sample_rate, limited)
                 yield sound, file
         except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: x.raw
-            reason = f"damaged or not audio; fetch it again, or if ffmpeg can read it, {REWRITE}"
+            # GSM, for example, cannot be read from the middle.
+            reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
             raise ValueError(f"{str(file.name)!r}: {reason}") from error
@@ -364,7 +375,8 @@ def judge_header(sound, sample_rate, limited):
     if (
         sound.format not in CONTAINERS
         or sound.frames in (0, 2**63 - 1)  # The last is libsndfile's word for an unknown number.
-        or (claim and int(claim[1]) - int(claim[2]) > 64)  # bytes; some count their header, too
+        # What lacks, in samples: some writers count their header as sound.
+        or (claim and (int(claim[1]) / int(claim[2]) - 1) * sound.frames > 0.01 * rate)
         or re.search(DEFECTS, sound.extra_info)
     ):
         raise ValueError(LENGTH)
@@ -384,7 +396,7 @@ def read_blocks(sound, file, start=0.0, stop=None):
     if not 0 <= first < last:
         raise ValueError(f"it has no sound from {start} to {stop} s; give other times")
     if first:
-        sound.seek(first)  # A few codecs, GSM for example, cannot: a SoundFileError.
+        sound.seek(first)  # A SoundFileError for the few codecs that cannot.
     samples = 0
     for place in range(first, last, MAX_SECONDS * rate):
         block = sound.read(min(last - place, MAX_SECONDS * rate), "float32", always_2d=True)
@@ -393,11 +405,11 @@ def read_blocks(sound, file, start=0.0, stop=None):
         samples += len(block)
         yield block
     if last - first < sound.frames:
-        return
+        return  # Only a piece was asked for, so the end cannot be judged.
     # Sound may be left after the end. An MP3 may lack its length, which libsndfile then estimates
-    # from the first frame's bit rate, and two FLACs may have been joined. Then a part of the file
-    # has given all the samples that are counted, and the whole would give more. A tag, of title
-    # and artist, is no sound.
+    # from the first frame's bit rate, and two FLACs may have been joined. If `decoded` bytes gave
+    # `samples`, the rest would give samples * rest / decoded more. The header is believed if it is
+    # near that sum. A tag, of title and artist, is no sound.
     expected = samples
     decoded = file.tell()  # bytes
     rest = file.read()
@@ -498,10 +510,10 @@ def write_encoder(folder, width=64, channels=32):
 @contextmanager
 def new_folder(path):
     """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
-    something already."""
+    something already, except an empty folder."""
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"'{path}' exists: give the name of a new folder")
+    if path.exists() and os.listdir(path):
+        raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         made = Path(folder, "made")
@@ -521,8 +533,9 @@ def make_demo(root):
 
 
 def print_splits(utterances, low, high):
-    """A line a split: utterances, hours, each attribute's least and greatest label. If all labels
-    stay far below the end of the scale, it is probably another one: a note says so."""
+    """A line a split: utterances, hours, the least and the greatest label of activation and of
+    valence. If all labels stay far below the end of the scale, it is probably another one: a note
+    says so."""
     greatest = low
     for split in SPLITS:
         part = [u for u in utterances if u.split == split]
@@ -530,18 +543,20 @@ def print_splits(utterances, low, high):
             continue
         hours = sum(u.samples for u in part) / 16000 / 3600
         line = f"{split:12}{len(part):8,} utterances{hours:8.2f} h"
-        labels = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
-        for attribute, column in zip(PAPER, labels.T, strict=True):
+        values = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
+        for attribute, column in zip(PAPER, values.T, strict=True):
             line += f"  {attribute} {column.min():g} to {column.max():g}"
         print(line)
-        greatest = np.nanmax(labels, initial=greatest)  # Labels that are withheld are NaN.
+        greatest = np.nanmax(values, initial=greatest)  # Labels that are withheld are NaN.
     if low < greatest <= low + 0.75 * (high - low):
         scale = f"--scale {low:g} {math.ceil(greatest)}"
         print(f"note: no label above {greatest:g}; is that the scale? {scale}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check a corpus, or write the synthetic one.")
+    parser = argparse.ArgumentParser(
+        description="Check a corpus (activation, valence), or write one."
+    )
     parser.add_argument("root", help="folder with Audios/ and Labels/; with --demo, a new one")
     parser.add_argument("--demo", action="store_true", help="write a synthetic corpus and encoder")
     parser.add_argument("--scale", nargs=2, type=float, default=SCALE, help="least, greatest label")
@@ -562,8 +577,8 @@ def main(argv=None):
         print(f"{kind}: {len(places)}", some(places, 20, "\n  "), sep="\n  ")
     if problems:
         sys.exit(1)
+    require(good, SPLITS[:3], least=2)  # as train.py does, in one process
     print("no problems")
-    require(good, SPLITS[:3], least=2)  # as train.py does
 
 
 if __name__ == "__main__":

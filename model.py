@@ -50,7 +50,8 @@ class EmotionModel(nn.Module):
     whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the
     encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
-    `cut` is the first stage that `suffix` runs, and `freeze` sets it. What lies before the cut
+    `cut` is the first stage that `suffix` runs. `freeze` sets it, and a cache of an earlier cut may
+    move it there (cache.agree_with). What lies before the cut
     needs no gradient. Frozen stages may come after it, too: in partial finetuning as in the paper,
     the embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
 
@@ -93,7 +94,7 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        # `build` sets these: (low, high), the ends of the labels' scale, and the encoder's digest.
+        # The ends of the labels' scale, (low, high), and the encoder's digest. Commands set them.
         self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
@@ -122,7 +123,8 @@ class EmotionModel(nn.Module):
         Takes wave (B, S) float, and `samples`, the true length of each waveform, B ints.
         Returns hidden, what stage `cut` takes: (B, T, D), or at cut 0 the CNN's features (B, T, C);
         and frames, their true lengths, B ints. Lengths are plain ints: to read them from a tensor
-        on a GPU, one would have to wait for it. ValueError for anything else.
+        on a GPU, one would have to wait for it. ValueError where a length is no int from 1 to S, or
+        a waveform is shorter than one frame.
         """
         check_batch(wave, samples)
         frames = [self.count_frames(n) for n in samples]
@@ -152,7 +154,8 @@ class EmotionModel(nn.Module):
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def embedding(self):
-        """The modules of stage 0."""
+        """The modules of stage 0, in a new list, so that one call of train() or requires_grad_()
+        reaches all. Ask its parts, and not the list, for `training`."""
         transformer = self.encoder.encoder
         parts = [self.encoder.feature_projection, transformer.pos_conv_embed, transformer.dropout]
         if not self.norm_last:
@@ -223,7 +226,8 @@ class EmotionModel(nn.Module):
         return transformer.dropout(hidden)
 
     def run_stages(self, hidden, mask, stages):
-        """The stages of a range, one after another: (B, T, C or D) -> (B, T, D)."""
+        """The stages of a range, one after another: (B, T, C or D) -> (B, T, D). An empty range
+        returns what it is given."""
         hidden = hidden.float()  # Half from a float16 cache, or from the CNN under autocast.
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.
@@ -288,7 +292,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
         self.base = base.requires_grad_(False)
-        # The values with which the weight of an nn.Linear starts, where and in what base's is.
+        # The weight of a fresh nn.Linear has that module's random start. It is moved to base's device
+        # and dtype.
         self.lora_a = nn.Linear(base.in_features, rank, bias=False).to(base.weight).weight
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.dropout = nn.Dropout(dropout)
@@ -326,7 +331,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     if layers not in range(1, depth + 1):
         raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible")
     if method == "full" and (layers < depth or freeze_embedding):
-        raise ValueError("full trains all layers and the embedding; for less, or a cache: partial")
+        raise ValueError("full trains all layers and the embedding; for less, take partial or lora")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: build a new model")
     model.encoder.requires_grad_(False)
@@ -377,8 +382,8 @@ HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act c
 
 def load_encoder(name):
     """Hub id or local folder -> encoder in float32, and `audio`, what its preprocessor says of the
-    waveforms it takes: {"sample_rate": Hz, "normalise": bool}. These are keyword arguments of the
-    model: EmotionModel(encoder, **audio).
+    waveforms it takes: {"sample_rate": Hz, "normalise": bool}. It is no sound, but keyword
+    arguments of the model: EmotionModel(encoder, **audio).
 
     ValueError of one line where none loads, or it cannot be trained here.
     """
@@ -509,8 +514,8 @@ def explain_memory(advice):
 
 def predict(args):
     """Write FileName and each attribute, on the run's scale, of every file or window; of a corpus
-    the labels, too. A file that is missing or unusable is a line on stderr, and status 1 at the
-    end."""
+    the labels, too. A file that is unusable, or that a corpus lacks, is a line on stderr, and
+    status 1 at the end."""
     import data  # Only the command needs it, and no part of what is copied.
 
     model = load_run(args.run, args.model).to(choose_device(args.device))
@@ -593,7 +598,7 @@ def open_csv(path, header):
 
 
 def export(args):
-    """Save a run as Hugging Face's sequence classification model, whose logits are on 0 to 1."""
+    """Save a finished run as Hugging Face's sequence classification model, whose logits are on 0 to 1."""
     import data
 
     model = load_run(args.run, args.model)
@@ -650,9 +655,10 @@ def params(args):
     with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
     total = count_parameters(model.encoder.parameters())
-    partial = [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1)]
+    counts = [n for n in (3, 2, 1) if n <= config.num_hidden_layers]
+    rows = [("partial", n, frozen) for frozen in (False, True) for n in counts]
     # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
-    for method, layers, frozen in [("full", None, False), *partial, ("lora", None, False)]:
+    for method, layers, frozen in [("full", None, False), *rows, ("lora", None, False)]:
         freeze(model, method, layers, frozen)
         trained = count_parameters(trainable(model).values())
         name = f"{method} {layers or 'all'}{', embedding frozen' * frozen}"

@@ -115,8 +115,9 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # It comes last, because it waits for the GPU.
-        check_finite(loss, f"epoch {epoch}, step {len(losses)}: the loss")
+        losses.append(loss.item())  # It waits for the GPU, so the whole step is queued before.
+        names = [dataset.utterances[i].name for i in batch]
+        check_finite(loss, f"epoch {epoch}, step {len(losses)}: the loss of {names}")
     return sum(losses) / len(losses)
 
 
@@ -304,7 +305,8 @@ def run(args):
             print(f"'{args.out}' is finished")
             return
         datasets = make_datasets(args, model, utterances, config)
-        compare_run(args, config, MAY_DIFFER)  # Now it is known what is in the cache.
+        # Now it is known what is in the cache. Of this comparison only its errors matter.
+        compare_run(args, config, MAY_DIFFER)
         steps = len(batches(datasets[args.splits[0]], args, epoch=1))
         sizes = ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items())
         print(
@@ -334,6 +336,8 @@ def describe_run(args, model, utterances):
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Three options get another meaning here: layers a number in any case, device its name, and
+    # cache what it holds.
     config = vars(args) | {
         "layers": args.layers or len(model.encoder.encoder.layers),
         "corpus": digest_rows([u.name, u.split] for u in utterances),
@@ -346,8 +350,7 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # `run` and `make_datasets` fill these in. "cache" is then no place, but what is in it: "cut 10,
-    # float16".
+    # `run` and `make_datasets` fill these in; "cache" then says "cut 10, float16".
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
@@ -363,7 +366,8 @@ def make_datasets(args, model, utterances, config):
     --skip-bad, not with all), and `config` is told what it then holds.
 
     The model's cut becomes the cache's, as `suffix` has to begin where the stored hidden states
-    end.
+    end. `batches` sorts by `frames`, whatever a dataset's `lengths` count. ValueError for a split
+    that is too small.
     """
     if args.cached:
         with models.explain_memory("leave out the longest recordings"):
@@ -376,8 +380,8 @@ def make_datasets(args, model, utterances, config):
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
             "fill_seconds": seconds,
         }
-    # A CCC needs two utterances, and a batch of training one for each process.
-    data.require(utterances, args.splits, least=max(2, PROCESSES))
+    data.require(utterances, args.splits, least=2)
+    data.require(utterances, args.splits[:1], PROCESSES)  # so that each has a share of a batch
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
@@ -428,13 +432,14 @@ def compare_run(args, config, ignored):
         others = "; ".join(f"{key} {saved.get(key)}, not {config[key]}" for key in keys[:3])
     if keys:
         raise ValueError(f"'{args.out}' is of a run with {others}; give the same, or another --out")
-    # A config.json does not say whether the memory was enough.
+    # Only a result.json has this key. A config.json lacks it, and is of a run that goes on.
     return saved["epochs"] == args.epochs and saved.get("out_of_memory") is False
 
 
 def start_run(args, config, model, optimizer, scaler):
-    """Put all back as last.pt has it after the last finished epoch, if any, and begin to write ->
-    history and best."""
+    """Put all back as last.pt has it after the last finished epoch, if any -> history and best.
+    Then, once all processes agree, remove result.json, and write config.json and what last.pt
+    holds. ValueError where they do not agree, or last.pt is not of this run."""
     history = []
     best = None
     if any(args.out.glob("*.pt")):
@@ -444,6 +449,7 @@ def start_run(args, config, model, optimizer, scaler):
             # Only to see now that the best epoch's weights fit: the next line replaces them.
             models.load_trained(model, best["weights"])
             models.load_trained(model, last["weights"])
+            best["settings"]  # An older version did not write them.
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
             history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
@@ -583,10 +589,10 @@ def parse_args(argv):
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     flag("--skip-bad", help="go on without utterances that cannot be used")
     names = ("full", "partial", "lora")
-    add("--method", default="partial", choices=names, help="(%(default)s, IV-B)")
+    add("--method", default="partial", choices=names, help="what is trained (%(default)s, IV-B)")
     number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
     number("--rank", 8, "lora: rank of the update (%(default)s)")
-    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 0)
+    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 1e-9)
     number("--lora-dropout", 0.1, "lora: dropout of its input (%(default)s)", 0, 1)
     number("--dropout", 0.2, "before the head (%(default)s, IV-A)", 0, 1)
     text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
@@ -601,7 +607,7 @@ def parse_args(argv):
     number("--epochs", 5, "passes over the training split (%(default)s, IV-D)")
     number("--batch-size", 32, "utterances in the loss, of all processes together (%(default)s)")
     number("--eval-batch-size", None, "in paper padding it changes scores (--batch-size)")
-    number("--lr", 1e-4, "AdamW's learning rate, fixed (%(default)s)", 0)
+    number("--lr", 1e-4, "AdamW's learning rate, fixed (%(default)s)", 1e-9)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     number("--workers", 2, "threads that load data ahead of the model (%(default)s)")
     args = parser.parse_args(argv)

@@ -148,7 +148,7 @@ def test_rows_that_are_problems(tmp_path):
     cells = ["", "4;0", "nan", "inf", "7.5", "7.01", "0.99", "high", "1e999"]
     rows = ["", ",, ,,,,,", *(f"{cell}.wav,N,{cell},4,,1,F,Test2" for cell in cells)]
     rows += ["a.wav,N,4,4,,1,F,Train", "b.wav,N,4,4,,1,F,Dev", "../c.wav,N,4,4,,1,F,Train"]
-    rows += ["\0.wav,N,4,4,,1,F,Train"]
+    rows += [f"{name},N,4,4,,1,F,Train" for name in ("\0", "x" * 300)]
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
     utterances, problems = data.read_corpus(tmp_path)
     assert [u.name for u in utterances] == ["a.wav"]
@@ -157,24 +157,29 @@ def test_rows_that_are_problems(tmp_path):
     assert problems == {
         f"unknown split, not of {data.SPLITS}": ["'Dev' 'b.wav' ['4', '4']"],
         "not the plain name of a file": [
-            "'Train' '../c.wav' ['4', '4']",
-            r"'Train' '\x00.wav' ['4', '4']",
+            f"'Train' '{name}' ['4', '4']" for name in ("../c.wav", r"\x00", "x" * 300)
         ],
     }
 
 
 GOOD = HEADER + "\na.wav,N,4,4,,1,F,Train\n"
 FILES = [  # bytes of a label file, what is said of it
-    (b"", "line 0: no column FileName, or two, in \\[]; "),
-    (HEADER.replace(",", ";").encode(), "no column FileName, .*cells separated by commas"),
-    (HEADER.replace("EmoVal", "V").encode(), "line 1: no column EmoVal, or two, in .*'V'"),
-    ((GOOD + "d.wav,N,4").encode(), "line 3: 3 cells for 8 columns"),
-    ((GOOD + "\ne.wav,N,4,4,,1,F,Train,7").encode(), "line 4: 9 cells for 8 columns"),
-    ((GOOD.replace("EmoClass", "EmoVal")).encode(), "line 1: no column EmoVal, or two"),
+    (b"", ": no column 'FileName', or two, in \\[]; "),
+    (
+        HEADER.replace(",", ";").encode(),
+        "no column 'FileName', .*cells are to be separated by commas",
+    ),
+    (HEADER.replace("EmoVal", "V").encode(), ": no column 'EmoVal', or two, in .*'V'"),
+    ((GOOD + "d.wav,N,4").encode(), "has to be corrected: line 3: 3 cells, not 8"),
+    (
+        (GOOD + "\ne.wav,N,4,4,,1,F,Train,7\nf").encode(),
+        "line 4: 9 cells, .*line 5: 1 cells, not 8",
+    ),
+    ((GOOD.replace("EmoClass", "EmoVal")).encode(), ": no column 'EmoVal', or two"),
     ((GOOD + "a.wav,N,4,4,,1,F,Train").encode(), "line 3: a second row of 'a.wav'"),
     ((GOOD + "ä.wav").encode("latin-1"), "save it as CSV in UTF-8"),
     (HEADER.encode("utf-16"), "save it as CSV in UTF-8"),
-    ((GOOD + '"b.wav,N').encode(), "line 3: unexpected end of data"),
+    ((GOOD + '"b.wav,N').encode(), "line 3 or later: unexpected end of data"),
 ]
 
 
@@ -183,7 +188,7 @@ def test_label_files(content, message, tmp_path):
     """A file that is no table of labels, each file in one row, is refused by its name and with what
     was found in it."""
     write_labels(tmp_path, content)
-    place = f"^'{tmp_path}/Labels/labels_consensus.csv', "
+    place = f"^'{tmp_path}/Labels/labels_consensus.csv'"
     with pytest.raises(ValueError, match=f"{place}.*{message}"):
         data.read_corpus(tmp_path)
 
@@ -308,7 +313,9 @@ def test_pieces_of_a_long_recording(kind, tmp_path):
 def test_pieces_of_gsm(tmp_path):
     """GSM, in which no place can be sought, is refused in pieces with what to do."""
     soundfile.write(tmp_path / "x", NOISE, 8000, "GSM610", format="WAV")
-    with pytest.raises(ValueError, match="x': damaged or not audio; .*`ffmpeg"):
+    with pytest.raises(
+        ValueError, match="x': damaged, no audio, or not to be read in pieces; .*`ffmpeg"
+    ):
         data.load_audio(tmp_path / "x", 8000, start=1, stop=2)
 
 
@@ -342,7 +349,7 @@ SOUNDS = [  # container, what is done to a second of sound, what is said of it, 
     (
         "FLAC",
         lambda c: change(c, 21, b"\xf0\0\0\0\0"),
-        "truncated, .*header does not tell.*`ffmpeg",
+        "truncated, .*length that cannot be checked.*`ffmpeg",
     ),
     ("MP3", lambda c: c + c, "truncated, .*`ffmpeg"),
     ("WAV", lambda c: c + b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), "16000"),
@@ -351,7 +358,7 @@ SOUNDS = [  # container, what is done to a second of sound, what is said of it, 
     ("MP3", lambda c: c + b"TAG" + bytes(125), "16000"),
     ("MP3", lambda c: c + b"APETAGEX" + bytes(5000), "16000"),
     ("NIST", bytes, "truncated, .*`ffmpeg"),
-    ("WAV", lambda c: b"\0\0\0\x1cftypM4A " + c, "damaged or not audio; .*`ffmpeg"),
+    ("WAV", lambda c: b"\0\0\0\x1cftypM4A " + c, "damaged, no audio, .*`ffmpeg"),
 ]
 SOUNDS = [({**SECOND, "kind": kind, "alter": alter}, said) for kind, alter, said in SOUNDS]
 SOUNDS += [
@@ -446,19 +453,22 @@ def test_demo_is_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
 
 def test_command(tmp_path, capsys):
     """data.py prints each split's size and range of labels, notes on silence and on a scale that
-    does not fit, and each problem, after which it exits with 1; then it says which split is too
-    small to train on."""
+    does not fit, and each problem, after which it exits with 1. A split that is too small to train
+    on is an error."""
     rows = [("a.wav", 1, 5, "Train"), ("b.wav", 2, 3, "Train")]
-    others = [("c.wav", 2, 3, "Development"), ("d.wav", 2, 3, "Test1")]
+    others = [(f"{i}.wav", 2, 3, split) for i, split in enumerate(data.SPLITS[1:3] * 2)]
     write_corpus(tmp_path, [*rows, *others, ("e.wav", "", "", "Test3")])
     antiphase = np.outer(sine(16000), [1, -1])
     soundfile.write(tmp_path / "Audios" / "b.wav", antiphase, 16000)
-    with pytest.raises(ValueError, match="split 'Development' has 1 usable utterances"):
-        data.main([str(tmp_path)])
+    data.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["Train", "2", "utterances"]
     assert lines[0].endswith("activation 1 to 2  valence 3 to 5")
     assert "--scale 1 5" in lines[4] and lines[5].endswith("'b.wav'") and lines[6] == "no problems"
+    write_corpus(tmp_path / "8", [*rows, *others[:3]])
+    with pytest.raises(ValueError, match="split 'Test1' has 1 usable utterances"):
+        data.main([str(tmp_path / "8")])
+    assert "no problems" not in capsys.readouterr().out
     write_corpus(tmp_path / "9", [("a.wav", 1, 7, "Train"), ("b.wav", 4, 9, "Train"), others[0]])
     (tmp_path / "9" / "Audios" / "a.wav").rename(tmp_path / "9" / "Audios" / "A.flac")
     with pytest.raises(SystemExit) as exit:

@@ -168,7 +168,11 @@ BAD = [  # what is spoiled, the command, what the error says
     ),
     (None, f"{TRAIN} --cache corpus{LATE}", "'corpus' is no cache"),
     (None, f"{TRAIN} --cache cache --layers 3{LATE}", "'cache' was made with cut 3, not 2"),
-    (lambda: weights(lambda x: x.sign() * 3e38), TRAIN + LATE, "the loss is NaN or infinite"),
+    (
+        lambda: weights(lambda x: x.sign() * 3e38),
+        TRAIN + LATE,
+        "the loss of ['u02.wav', 'u06.wav', 'u03.wav', 'u07.wav'] is NaN",
+    ),
     (None, f"{TRAIN} --model ./gone", "'./gone (no folder here"),
     (None, f"{TRAIN} --out encoder", "'encoder' holds no run, and ['config.json']"),
     (None, f"{FILL} --splits train", "split 'train' has 0 usable utterances"),
