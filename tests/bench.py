@@ -139,7 +139,8 @@ def profile_step(args, model, dataset):
 def run_row(row, n, cap):
     """Figures of a row, n utterances a chunk; with a cap of GB, for Table II, the longest 11 s."""
     args, model = build(row)
-    cuda, width = args.device == "cuda", [768] if args.cached else []
+    cuda = args.device == "cuda"
+    width = [model.encoder.config.hidden_size] if args.cached else []
     chunks = spread(BATCH).reshape(-1, args.chunk or BATCH)
     chunks[-1, -1] = 11 * RATE if cap else chunks[-1, -1]
     if cap and cuda:
@@ -151,6 +152,7 @@ def run_row(row, n, cap):
     noise = UserList((torch.randn(length, *width), torch.rand(2)) for length in kept.flat)
     noise.lengths = noise.frames = kept.ravel().tolist()
     noise.targets = torch.rand(kept.size, 2)
+    noise.utterances = [data.Utterance(str(i), "", (), "Train") for i in range(kept.size)]
     _, works = run_epochs(args, model, noise, 11 if cuda else 4)  # of one step each
     parts = profile_step(args, model, noise)
     scale = chunks.size / kept.size
@@ -283,7 +285,7 @@ def run_step(step, folder):
     elif step == "fill":
         model = models.build(*models.load_encoder(args.model), vars(args))
         utterances = data.load_corpus(folder, data.SPLITS[:3])
-        fingerprint, missing = cache.look(args.cache, model, utterances, None)
+        fingerprint, missing = cache.agree_with(args.cache, model, utterances, None)
         start = timeit.default_timer()
         cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in missing))
     elif step == "entries":

@@ -139,3 +139,22 @@ def test_command_lines(line, monkeypatch):
         monkeypatch.setattr(parser, "parse_args", lambda *a: (parse(*a), 1 / 0))
         with pytest.raises(ZeroDivisionError):  # understood, and stopped there
             module.main(words)
+
+
+def test_bench(tmp_path, monkeypatch):
+    """bench.py still fits what it measures: each kind of figure comes out, of a tiny encoder."""
+    import bench
+
+    tiny = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 48}
+    monkeypatch.setattr(bench, "BATCH", 4)
+    monkeypatch.setattr(bench, "BASE", bench.BASE | tiny | {"conv_dim": (16,) * 7})
+    monkeypatch.setattr(train.models, "choose_device", lambda _: "cpu")
+    for row in ("full chunked recomputed fp32", "cached 3 fp32"):
+        line = bench.run_row(row, 2, None)
+        assert line["s/step"] > 0 and 0 < line["useful"] <= line["of rate"]
+    found, loop = bench.measure_data(tmp_path / "data", cuda=False, quick=True)
+    # A frame is 48 numbers of two bytes. The rest is what a shard says of itself.
+    assert 96 < found["bytes/frame"] < 100 and loop["s/step"] > 0
+    bench.prepare_scale(tmp_path / "scale", 25)
+    for step in ("check", "fill", "entries", "start", "epoch"):
+        assert bench.run_step(step, tmp_path / "scale")["s"] > 0
