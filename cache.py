@@ -232,7 +232,8 @@ def lock(folder, name=".lock"):
 
 def fill_missing(folder, model, utterances, args, dtype=None):
     """Fill this process's share of those of `utterances` that a cache lacks. The model is left with
-    the cache's cut, on `device`, in eval mode. ValueError where the folder is no cache, or none to train the model from.
+    the cache's cut, on `device`, in eval mode. ValueError where the folder is no cache, or none to
+    train the model from.
 
     args : skip_bad, workers and device, of cache.py or train.py
     dtype : of a new cache, a key of DTYPES (None: float16)

@@ -136,9 +136,9 @@ def to_unit(cell, low, high):
 
 
 def read_table(path, columns=()):
-    """Rows of a CSV file by their names, {FileName: {column: cell}}, without spaces around cells and
-    without empty lines. ValueError where it lacks one of `columns` or has a column twice, where a
-    row has another number of cells or a name is in two rows, and where it is no CSV in UTF-8."""
+    """Rows of a CSV file by their names, {FileName: {column: cell}}, without spaces around cells
+    and without empty lines. ValueError where it lacks one of `columns` or has a column twice, where
+    a row has another number of cells or a name is in two rows, and where it is no CSV in UTF-8."""
     table = {}
     faults = []
     with open(path, newline="", encoding="utf-8-sig") as file:

@@ -292,8 +292,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
         super().__init__()
         self.base = base.requires_grad_(False)
-        # The weight of a fresh nn.Linear has that module's random start. It is moved to base's device
-        # and dtype.
+        # The weight of a fresh nn.Linear has that module's random start. It is moved to base's
+        # device and dtype.
         self.lora_a = nn.Linear(base.in_features, rank, bias=False).to(base.weight).weight
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.dropout = nn.Dropout(dropout)
@@ -598,7 +598,8 @@ def open_csv(path, header):
 
 
 def export(args):
-    """Save a finished run as Hugging Face's sequence classification model, whose logits are on 0 to 1."""
+    """Save a finished run as Hugging Face's model for sequence classification, its logits on 0 to
+    1."""
     import data
 
     model = load_run(args.run, args.model)

@@ -71,9 +71,9 @@ def mark_attribute(rows, attribute):
     Fills row["marks"], and returns a line {column: text} for each t-test.
     """
     rows = [row for row in rows if attribute in row and row["several"]]
-    # A family is a row, and those that are compared with it. In the paper, cached rows have no ANOVA
-    # and no correction. So each makes a family of two with its twin, where neither changes a thing:
-    # the p value of an ANOVA over two rows is that of their t-test.
+    # A family is a row, and those that are compared with it. In the paper, cached rows have no
+    # ANOVA and no correction. So each makes a family of two with its twin, where neither changes a
+    # thing: the p value of an ANOVA over two rows is that of their t-test.
     families = {}
     for row in rows:
         wanted = {key: row[key] for key in TRAINED} if row["cached"] else FULL

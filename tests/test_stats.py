@@ -150,7 +150,7 @@ def test_a_hand_worked_case(tmp_path, capsys):
 
 
 def test_cached_rows_meet_their_own_twin(tmp_path, capsys):
-    """A cached row is tested alone, and so uncorrected, against its uncached twin: NS, † or ‡, never
+    """A cached row is tested alone, and so uncorrected, against its uncached twin: NS, † or ‡, not
     full's; without one there is a dash; the twin that freezes its embedding is the last, even where
     that one was computed in the same way and trains fewer parameters."""
     write_row(tmp_path, (0.9, 0.01))
