@@ -51,9 +51,9 @@ class EmotionModel(nn.Module):
     encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs. `freeze` sets it, and a cache of an earlier cut may
-    move it there (cache.agree_with). What lies before the cut
-    needs no gradient. Frozen stages may come after it, too: in partial finetuning as in the paper,
-    the embedding is trained, so the cut is 0, and a gradient crosses all frozen layers.
+    move it there (cache.agree_with). What lies before the cut needs no gradient. Frozen stages may
+    come after it, too: in partial finetuning as in the paper, the embedding is trained, so the cut
+    is 0, and a gradient crosses all frozen layers.
 
     "paper" padding: a batch is zero-padded to its longest. Without a cache, the waveforms are
         padded (IV-B). With a cache, the hidden states at the cut are (IV-C), which gives other
