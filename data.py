@@ -334,12 +334,15 @@ CLAIM = re.compile(
     r"(?m)^ *(?:data|SSND|riff|Riff size|Data Size) *: "
     r"(?!4294967295 |21[34]\d{7} )(\d+) \(should be (\d+)\)"
 )
-# What it notes of an OGG whose end is missing, and of a WAV that has more sound than it counts.
-DEFECTS = "Last page lacks|Junk after the last page|Unknown chunk marker.*Exiting parser"
+# What it notes of an OGG whose end is missing, or of which it skipped a damaged page, and of a WAV
+# that has more sound than it counts.
+DEFECTS = (
+    "Last page lacks|Junk after the last page|reports a hole|Unknown chunk marker.*Exiting parser"
+)
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
 LENGTH = (
-    "truncated, empty, or of a length that cannot be checked; fetch it again, or if it plays to its"
-    f" end, {REWRITE} (a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
+    "truncated, damaged, empty, or of a length that cannot be checked; fetch it again, or if it"
+    f" plays to its end, {REWRITE} (a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
 )
 
 
@@ -406,16 +409,16 @@ def read_blocks(sound, file, start=0.0, stop=None):
         yield block
     if last - first < sound.frames:
         return  # Only a piece was asked for, so the end cannot be judged.
-    # Sound may be left after the end. An MP3 may lack its length, which libsndfile then estimates
-    # from the first frame's bit rate, and two FLACs may have been joined. If `decoded` bytes gave
-    # `samples`, the rest would give samples * rest / decoded more. The header is believed if it is
-    # near that sum. A tag, of title and artist, is no sound.
+    # Decoding may have ended at damage, before the length that the header says. Or sound is left
+    # after that length: an MP3 may lack it, and libsndfile then estimates it from the first frame's
+    # bit rate, and two FLACs may have been joined. If `decoded` bytes gave `samples`, the rest
+    # would give samples * rest / decoded more. A tag, of title and artist, is no sound.
     expected = samples
     decoded = file.tell()  # bytes
     rest = file.read()
     if sound.format in ("MP3", "FLAC") and not rest.startswith((b"TAG", b"APETAGEX")):
         expected += samples * len(rest) / decoded
-    if abs(sound.frames - expected) > 0.1 * rate + 0.01 * samples:
+    if max(sound.frames - samples, expected - sound.frames) > 0.1 * rate + 0.01 * samples:
         raise ValueError(LENGTH)
 
 
