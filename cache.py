@@ -2,11 +2,14 @@
 serves runs of the last 3, 2 and 1. For the last 1, the two frozen layers between what is stored and
 what is trained are computed at each step.
 
-IV-C in three steps: `encode` gives the hidden states of each utterance, `fill` stores them, and
-CachedDataset reads them for training. A folder holds shards, and each shard describes itself: what
-it was made from, whose hidden states it holds, how many frames of each, and a checksum of each.
-There is no index that could disagree with them. All above the line `# ---- command line ----`
-needs no other file of this project: copy it.
+Of the paper's three steps, the first is here `encode`, which computes the hidden states of each
+utterance, and `fill`, which stores them. The second, reading them in batches, is CachedDataset. The
+third, training, is train.py.
+
+A folder holds shards, and each shard describes itself: what it was made from, whose hidden states
+it holds, how many frames of each, and a checksum of each. There is no index that could disagree
+with them. All above the line `# ---- command line ----` needs no other file of this project: copy
+it.
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # or train.py --cache
     python cache.py --out cache/last-3 --verify                         # read all of it back
@@ -38,7 +41,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 @torch.no_grad()
 def encode(model, recordings, device):
-    """Step 1: yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
+    """Yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
 
     Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one
     cache serves runs of any precision and padding. The model is left on `device`, in eval mode.
@@ -50,7 +53,7 @@ def encode(model, recordings, device):
 
 
 def fill(folder, fingerprint, items, process=0):
-    """Step 2: write hidden states into shards of a folder, packed without padding.
+    """Write hidden states into shards of a folder, packed without padding.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
     items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
@@ -129,9 +132,9 @@ class Entry(NamedTuple):
 
 @functools.cache
 def open_shard(path):
-    """A shard's content, its hidden states mapped and not read, and, made from that, its "states"
-    {name: (T, D)} and "entries" {name: Entry}. Only tensors and plain values are unpickled.
-    ValueError for damage.
+    """A shard's content, {key: value}. Its hidden states are mapped, not read. Two keys are added:
+    "states", {name: (T, D)}, and "entries", {name: Entry}. Only tensors and plain values are
+    unpickled. ValueError for damage.
 
     Shards stay mapped until read_entries is called again, because mapping one (.6 ms) takes longer
     than reading from it (.3 ms).
@@ -172,7 +175,7 @@ def read_entries(folder):
 
 
 class CachedDataset:
-    """Step 3. Item i: hidden states (T, D) in the cache's dtype, target (A,) float32.
+    """Item i: hidden states (T, D) in the cache's dtype, target (A,) float32.
 
     entries : of read_entries
     utterances : objects with name, and labels, A floats on 0 to 1
@@ -232,8 +235,8 @@ def lock(folder, name=".lock"):
 
 def fill_missing(folder, model, utterances, args, dtype=None):
     """Fill this process's share of those of `utterances` that a cache lacks. The model is left with
-    the cache's cut, on `device`, in eval mode. ValueError where the folder is no cache, or none to
-    train the model from.
+    the cache's cut and, if anything was filled, on `args.device` and in eval mode. ValueError where
+    the folder is no cache, or none to train the model from.
 
     args : skip_bad, workers and device, of cache.py or train.py
     dtype : of a new cache, a key of DTYPES (None: float16)
@@ -271,9 +274,9 @@ def fill_missing(folder, model, utterances, args, dtype=None):
 
 
 def agree_with(folder, model, utterances, dtype):
-    """Set the model's cut to the folder's where that lies before it, and compare all else -> the
-    fingerprint of what would be filled into the folder now, and those of `utterances` that it
-    lacks.
+    """If the folder's cut lies before the model's, move the model's there. Then compare all else.
+    Returns the fingerprint of what would be filled into the folder now, and those of `utterances`
+    that it lacks.
 
     A folder with shards keeps its cut and dtype. A new one gets the model's cut, and `dtype` or, if
     that is None, float16. ValueError where the shards differ from the model or from `dtype`, and

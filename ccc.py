@@ -100,7 +100,8 @@ def shell(command):
     Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
-    # Not every terminal can show a dagger. A notebook's stdout, and none at all, lack the method.
+    # stats.py prints †, which not every terminal can show. A notebook's stdout, and None, lack the
+    # method: `dict` stands in for it, and does nothing.
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
     try:

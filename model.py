@@ -7,7 +7,8 @@ cut is the stage at which the model is divided: `prefix` is the CNN and the stag
 without a gradient, and `suffix` is all from the cut on. Of L = 12 layers:
 
     full, and partial as in the paper   cut 0: the embedding is trained, so a gradient must reach it
-    last 3, embedding frozen or cached  cut 10: nothing before stage 10 is trained
+    last 3, from a cache or with        cut 10: nothing before stage 10 is trained
+    --freeze-embedding
     LoRA of all layers                  cut 1: adapters begin in stage 1
 
 All above the line `# ---- command line ----` needs no other file of this project: copy it.
@@ -94,7 +95,7 @@ class EmotionModel(nn.Module):
         self.sample_rate = sample_rate
         self.normalise = normalise
         self.cut = 0  # As for full finetuning, until `freeze` sets another.
-        # The ends of the labels' scale, (low, high), and the encoder's digest. Commands set them.
+        # The ends of the labels' scale, (low, high), and the encoder's digest. `build` sets both.
         self.scale = None
         self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
@@ -155,7 +156,7 @@ class EmotionModel(nn.Module):
 
     def embedding(self):
         """The modules of stage 0, in a new list, so that one call of train() or requires_grad_()
-        reaches all. Ask its parts, and not the list, for `training`."""
+        reaches all. Ask its parts for `training`, as a new list always says True."""
         transformer = self.encoder.encoder
         parts = [self.encoder.feature_projection, transformer.pos_conv_embed, transformer.dropout]
         if not self.norm_last:
@@ -227,7 +228,7 @@ class EmotionModel(nn.Module):
 
     def run_stages(self, hidden, mask, stages):
         """The stages of a range, one after another: (B, T, C or D) -> (B, T, D). An empty range
-        returns what it is given."""
+        returns its input, in float32."""
         hidden = hidden.float()  # Half from a float16 cache, or from the CNN under autocast.
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.

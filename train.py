@@ -362,8 +362,9 @@ def digest_rows(rows):
 
 
 def make_datasets(args, model, utterances, config):
-    """{split: dataset}, from audio or from a cache. A cache is first filled with what it lacks
-    (with --skip-bad, not with all), and `config` is told what it then holds.
+    """{split: dataset}, from audio or from a cache. A cache is first filled with what it lacks, and
+    `config` is told what it then holds. With --skip-bad, utterances whose audio cannot be used are
+    not filled, and left out.
 
     The model's cut becomes the cache's, as `suffix` has to begin where the stored hidden states
     end. `batches` sorts by `frames`, whatever a dataset's `lengths` count. ValueError for a split
