@@ -152,7 +152,7 @@ def run_row(row, n, cap):
     noise = UserList((torch.randn(length, *width), torch.rand(2)) for length in kept.flat)
     noise.lengths = noise.frames = kept.ravel().tolist()
     noise.targets = torch.rand(kept.size, 2)
-    noise.utterances = [data.Utterance(str(i), "", (), "Train") for i in range(kept.size)]
+    noise.utterances = [data.Utterance(str(i), "") for i in range(kept.size)]
     _, works = run_epochs(args, model, noise, 11 if cuda else 4)  # of one step each
     parts = profile_step(args, model, noise)
     scale = chunks.size / kept.size
@@ -211,7 +211,6 @@ def measure_data(folder, cuda, quick):
     utterances = data.usable(data.load_corpus(folder, data.SPLITS[:3]))
     entries, _, seconds = cache.read_entries(folder / "cache")
     cached = cache.CachedDataset(entries, utterances)
-    cached.frames = cached.lengths
     start = timeit.default_timer()
     frames = sum(len(cached[i][0]) for i in np.random.permutation(len(cached)))
     reading, share = timeit.default_timer() - start, CACHED / len(cached)
@@ -222,10 +221,8 @@ def measure_data(folder, cuda, quick):
         torch.cuda.set_sync_debug_mode("warn")
     for method in ["recommended"] if quick else ["recommended", "freeze-embedding 3"]:
         args, model = build(f"{method} {'mixed' if cuda else 'fp32'}")
-        dataset = cached
-        if not args.cached:
-            dataset = data.SpeechDataset(utterances)
-            dataset.frames = dataset.lengths
+        dataset = cached if args.cached else data.SpeechDataset(utterances)
+        dataset.frames = dataset.lengths
         args.batch_size = BATCH if cuda else 4
         for args.workers in [2] if quick else [1, 2, 4]:
             with warnings.catch_warnings(record=True, action="always") as caught:
