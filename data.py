@@ -10,6 +10,7 @@ In comments: B batch, S samples, T frames, D width, A attributes.
 
 import argparse
 import csv
+import io
 import math
 import os
 import re
@@ -348,8 +349,8 @@ LENGTH = (
 
 @contextmanager
 def open_sound(source, sample_rate, limited):
-    """A path or an open binary file -> (SoundFile whose header is fit for use, the open file).
-    Every ValueError while it is open gets the file's name."""
+    """A path or an open binary file -> (SoundFile whose header is fit for use, the open file that
+    it reads). Every ValueError while it is open gets the file's name."""
     is_path = isinstance(source, (str, os.PathLike))
     # Python opens the file: its OSErrors say what happened, and a name need not be UTF-8. The
     # library then reads from the number of the open file.
@@ -357,15 +358,32 @@ def open_sound(source, sample_rate, limited):
         try:
             if not file.seekable():
                 raise ValueError("a pipe; save it as a file first")
-            with soundfile.SoundFile(file.fileno() if is_path else file, closefd=False) as sound:
+            content = without_tags(file)
+            number = file.fileno() if is_path and content is file else content
+            with soundfile.SoundFile(number, closefd=False) as sound:
                 judge_header(sound, sample_rate, limited)
-                yield sound, file
+                yield sound, content
         except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: x.raw
             # GSM, for example, cannot be read from the middle.
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
             raise ValueError(f"{str(file.name)!r}: {reason}") from error
+
+
+def without_tags(file):
+    """An open file as it is or, if ID3v2 tags stand before its sound (a title, a cover), what
+    follows them, in memory. With such tags, libsndfile estimates a greater length of an MP3, and
+    does not find every place in a FLAC."""
+    begin = 0
+    head = file.read(10)
+    while head.startswith(b"ID3"):
+        # The last four bytes of a tag's head have seven bits each of how many bytes follow it.
+        begin += 10 + sum(byte << bit for byte, bit in zip(head[6:], (21, 14, 7, 0)))
+        file.seek(begin)
+        head = file.read(10)
+    file.seek(begin)
+    return io.BytesIO(file.read()) if begin else file
 
 
 def judge_header(sound, sample_rate, limited):

@@ -310,6 +310,26 @@ def test_pieces_of_a_long_recording(kind, tmp_path):
             data.load_audio(tmp_path / "x", 8000, *times)
 
 
+@pytest.mark.parametrize("kind", ["FLAC", "MP3"])
+def test_tags_before_the_sound(kind, tmp_path):
+    """ID3v2 tags, a cover or two, change no sample, whole or in pieces, and make no file look
+    truncated: here in an MP3 of constant bit rate whose frame that tells its length is gone."""
+    constant = {"bitrate_mode": "CONSTANT", "compression_level": 0.5} if kind == "MP3" else {}
+    soundfile.write(tmp_path / "x", NOISE, 16000, format=kind, **constant)
+    content = (tmp_path / "x").read_bytes()
+    if kind == "MP3":
+        content = content[content.index(content[:2], 4) :]
+    tags = b"ID3\3\0\0\0\1\5\10" + bytes(128**2 + 5 * 128 + 8) + b"ID3\4\0\0\0\0\0\1\0"
+    found = []
+    for name, sound in (("bare", content), ("tagged", tags + content)):
+        path = tmp_path / name
+        path.write_bytes(sound)
+        assert check_file(path) == len(data.load_audio(path))
+        pieces = [data.load_audio(path, start=start, stop=start + 1) for start in (0, 1, 2)]
+        found.append(np.concatenate([data.load_audio(path), *pieces]))
+    assert len(found[0]) > 90000 and np.array_equal(*found)
+
+
 def test_pieces_of_gsm(tmp_path):
     """GSM, in which no place can be sought, is refused in pieces with what to do."""
     soundfile.write(tmp_path / "x", NOISE, 8000, "GSM610", format="WAV")
