@@ -275,7 +275,10 @@ def require(utterances, splits, least=1):
     for split in splits:
         size = sum(u.split == split for u in utterances)
         if size < least:
-            raise ValueError(f"split {split!r} has {size} usable utterances, and needs {least}")
+            raise ValueError(
+                f"split {split!r} has {size} usable utterances, and needs {least}:"
+                " see `python data.py ROOT`, and choose others by --split or --splits"
+            )
 
 
 # The second line is audio that only ffmpeg reads: it is found, and then refused by name.
@@ -285,10 +288,11 @@ SUFFIXES = (
 )
 
 
-def walk(top):
-    """Paths of a folder's files. Links are followed, but to no folder twice: one may lead back."""
+def walk(top, on_error=None):
+    """Paths of a folder's files. Links are followed, but to no folder twice: one may lead back.
+    `on_error` is called with the OSError of a folder that cannot be read."""
     seen = set()
-    for folder, folders, names in os.walk(top, followlinks=True):
+    for folder, folders, names in os.walk(top, onerror=on_error, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:
             folders.clear()  # os.walk then goes no deeper here
@@ -302,6 +306,10 @@ def walk(top):
 def find_audio(paths):
     """Unlabelled utterances of files, and of the audio in folders: of one folder, named by their
     paths in it. What else is there is counted on stderr."""
+
+    def fail(error):
+        raise error  # Else the files of a folder that cannot be read would be left out silently.
+
     found = []
     others = Counter()
     for top in map(str, paths):
@@ -309,7 +317,7 @@ def find_audio(paths):
             os.stat(top)  # an OSError where there is nothing
             found.append(Utterance(top, top))
             continue
-        for path in walk(top):
+        for path in walk(top, fail):
             name = os.path.relpath(path, top)
             suffix = Path(name).suffix
             hidden = "/." in f"/{name}"
@@ -416,15 +424,19 @@ def read_blocks(sound, file, start=0.0, stop=None):
     last = sound.frames if stop is None else min(round(stop * rate), sound.frames)
     if not 0 <= first < last:
         raise ValueError(f"it has no sound from {start} to {stop} s; give other times")
+    # After a seek, an MP3's first frames are not decoded as they would be from its start. So a
+    # second before them is decoded, too, and dropped.
+    ahead = min(first, rate)
     if first:
-        sound.seek(first)  # A SoundFileError for the few codecs that cannot.
+        sound.seek(first - ahead)  # A SoundFileError for the few codecs that cannot.
     samples = 0
-    for place in range(first, last, MAX_SECONDS * rate):
+    for place in range(first - ahead, last, MAX_SECONDS * rate):
         block = sound.read(min(last - place, MAX_SECONDS * rate), "float32", always_2d=True)
         if not np.isfinite(block).all():
             raise ValueError("NaN or infinite samples; leave it out")
         samples += len(block)
-        yield block
+        yield block[ahead:]
+        ahead = 0
     if last - first < sound.frames:
         return  # Only a piece was asked for, so the end cannot be judged.
     # Decoding may have ended at damage, before the length that the header says. Or sound is left

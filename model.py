@@ -483,12 +483,15 @@ def load_run(run, name=None):
     missing, damaged, or not the run's own.
     """
     with blame(Path(run, "config.json")) as path:
-        name = name or str(json.loads(path.read_text())["model"])
+        config = json.loads(path.read_text())
+        name = name or str(config["model"])
     encoder, audio = load_encoder(name)
     with blame(Path(run, "best.pt")) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if digest(encoder) != saved["settings"]["encoder_sha256"]:
             raise ValueError(f"it was trained from another encoder than '{name}' is")
+        if config | saved["settings"] != config:
+            raise ValueError("it is of another run than config.json")
         model = build(encoder, audio, saved["settings"])
         load_trained(model, saved["weights"])
         return model.eval()

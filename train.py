@@ -80,7 +80,7 @@ def fit(args, model, datasets, config):
                 "epoch": epoch,
                 "dev": scores,
                 "weights": {key: p.detach().to("cpu", copy=True) for key, p in parameters.items()},
-                "settings": {key: config[key] for key in SETTINGS},
+                "settings": identify(config),
             }
         save_epoch(args, history, best, model, optimizer, scaler)
         report_epoch(line, is_best, args)
@@ -278,9 +278,6 @@ def together(operation, *arguments):
 # the number of epochs, and --skip-bad, as the utterances that are left are compared.
 MAY_DIFFER = str.split("""data model out device device_memory_bytes versions precision_reason
     workers skip_bad epochs fill_seconds""")
-# What rebuilds the best model. It needs no place, version or number of epochs.
-SETTINGS = str.split("""attributes dropout padding scale encoder_sha256
-    method layers freeze_embedding rank alpha lora_dropout""")
 
 
 def run(args):
@@ -354,6 +351,12 @@ def describe_run(args, model, utterances):
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
+
+
+def identify(config):
+    """Of config.json, what a run and its continuation have in common: it tells runs apart, and is
+    enough to rebuild the model. last.pt and best.pt hold it."""
+    return {key: value for key, value in config.items() if key not in MAY_DIFFER}
 
 
 def digest_rows(rows):
@@ -450,14 +453,14 @@ def start_run(args, config, model, optimizer, scaler):
             # Only to see now that the best epoch's weights fit: the next line replaces them.
             models.load_trained(model, best["weights"])
             models.load_trained(model, last["weights"])
-            best["settings"]  # An older version did not write them.
+            if best["settings"] != identify(config):
+                raise ValueError("it is of another run, or of an older version")
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
             history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
     # Here all wait until each process has read what it needs of the run folder. And on separate
     # disks they may have read different files.
-    same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
-    mine = json.dumps([same, len(history)])
+    mine = json.dumps([identify(config), len(history)])
     if set(exchange(mine)) != {mine}:
         raise ValueError("processes differ in arguments, corpus, cache, or the epoch to resume at")
     if RANK == 0:

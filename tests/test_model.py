@@ -686,12 +686,14 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
     best = torch.load(run / "best.pt", weights_only=True)
     for change in ({"method": "lora"}, {"layers": 2}, {"freeze_embedding": True}):
         torch.save(best | {"settings": best["settings"] | change}, run / "best.pt")
+        amend(run / "config.json", best["settings"] | change)
         with pytest.raises(ValueError, match="best.pt.* another method or number of layers"):
             models.load_run(run, encoder)
     torch.save([best], run / "best.pt")
     with pytest.raises(ValueError, match="best.pt' cannot be used"):
         models.load_run(run, encoder)
     torch.save(best, run / "best.pt")
+    amend(run / "config.json", best["settings"])
     tiny_encoder(num_attention_heads=2).save_pretrained(tmp_path / "second")
     with pytest.raises(ValueError, match="trained from another encoder than .*second"):
         models.load_run(run, str(tmp_path / "second"))

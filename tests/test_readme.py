@@ -22,7 +22,7 @@ SIX = {"ccc", "model", "cache", "data", "train", "stats"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n((?s:.*?))^```", README, re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-LOOP = next(code for _, code in BLOCKS if code.startswith("for seed"))
+LOOP = next(code for _, code in BLOCKS if code.startswith("(trap"))
 LINES = re.findall(
     r"(?:^|(?<=`)|# then: )((?:python|torchrun) .*?\.py[^`|#\n]*)", README, re.MULTILINE
 )
@@ -124,6 +124,24 @@ def test_loop(corpus, encoder, tmp_path, capsys):
     stats.main([f"{tmp_path}/table1", "--format", "csv"])
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
     assert len(rows) == 15
+
+
+def test_interrupted_loop(tmp_path):
+    """Ctrl-C, which the shell and a run both get, ends the whole loop, though train.py catches it
+    and leaves with a status. So does this stand-in for Python."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho begun\ntrap 'exit 130' INT\nkill -INT 0\n")
+    fake.chmod(0o700)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    found = subprocess.run(
+        ["bash", "-c", LOOP],
+        env=env,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == "begun\n"
 
 
 @pytest.mark.parametrize("line", LINES)

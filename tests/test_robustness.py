@@ -128,6 +128,13 @@ def weights(change=torch.neg):
     safetensors.torch.save_file(tensors, WEIGHTS, {"format": "pt"})
 
 
+def swap(name, seed):
+    """Make a file of the run one of the run of another seed."""
+    saved = torch.load(f"run/{name}.pt", weights_only=True)
+    saved.get("best", saved)["settings"]["seed"] = seed
+    torch.save(saved, f"run/{name}.pt")
+
+
 class Hostile:
     def __reduce__(self):  # if unpickled, it makes a file, which `refused` then finds
         return open, ("executed", "w")
@@ -145,6 +152,8 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: (replace(b"16000", b"8000", SOUND), clip(NOISE[:640])), FILL, "shorter than 50 ms"),
     (lambda: os.remove(CLIP), f"{TRAIN} --cache late", "'u00.wav'"),
     (lambda: os.remove("run/last.pt"), RESUME, "run/last.pt"),
+    (lambda: swap("last", 5), RESUME, "it is of another run"),
+    (lambda: swap("best", 5), PREDICT, "it is of another run than config.json"),
     (lambda: os.remove("run/config.json"), RESUME, "'run' holds no run, and ['metrics.jsonl'"),
     (None, f"{PREDICT} --csv {LABELS}", "another kind of file"),
     (None, f"{PREDICT} --csv {CLIP}", "another kind of file"),
