@@ -276,8 +276,8 @@ def require(utterances, splits, least=1):
         size = sum(u.split == split for u in utterances)
         if size < least:
             raise ValueError(
-                f"split {split!r} has {size} usable utterances, and needs {least}:"
-                " see `python data.py ROOT`, and choose others by --split or --splits"
+                f"split {split!r} has {size} usable utterances, and needs {least};"
+                " `python data.py ROOT` shows those of all splits"
             )
 
 
