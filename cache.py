@@ -167,7 +167,9 @@ def read_entries(folder):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
-            raise ValueError(f"'{path}' is of another cache than the shards before it: delete it")
+            raise ValueError(
+                f"'{path}' is of another cache than the shards before it: delete it, or them"
+            )
         entries |= shard["entries"]
         process = path.name.split("-")[1]
         seconds[process] += shard["seconds"]

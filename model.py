@@ -433,9 +433,10 @@ def blame(path):
     try:
         yield path
     except Exception as error:
-        reason = re.split("\n|[.] ", f"{type(error).__name__}: {error}")[0]
+        words = f"{type(error).__name__}: {error}".split()
+        reason = " ".join(words).split(". ")[0]  # The first sentence, which may go over lines.
         raise ValueError(
-            f"'{path}' cannot be used (if damaged, make or fetch it again): {reason}"
+            f"'{path}' cannot be used (if damaged, make or fetch it again): {reason:.300}"
         ) from error
 
 
