@@ -1,7 +1,7 @@
 """MSP-Podcast from disk (section III): audio, labels, a Dataset, and a synthetic corpus in the same
 layout. Everything above the command line stands alone: copy it. As a command:
 
-    python data.py MSP-Podcast   # a table of splits, then problems: then the exit status is 1
+    python data.py MSP-Podcast   # a table of splits, then any problems, with exit status 1
     python data.py --demo demo   # write the synthetic corpus demo/ and a tiny encoder, demo/encoder
 
 A corpus is a folder with Audios/ and Labels/labels_consensus.csv; any release from 1.6 on is read.
@@ -42,8 +42,8 @@ class Utterance(NamedTuple):
     name: str  # FileName
     path: str
     split: str = ""
-    # A floats, the scale as 0 to 1 (section III); NaN in Test3. So are targets and predictions:
-    # numbers on the scale itself are only in files and on the screen.
+    # A floats, the scale as 0 to 1 (section III), as are targets and predictions: only files and
+    # the screen have numbers on the scale itself. NaN in Test3.
     labels: tuple = ()
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
@@ -167,10 +167,10 @@ def read_table(path, columns=()):
 
 
 def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
-    """Rows of a label file -> ([Utterance], problems), of some splits and, as a problem, of an
-    unknown one. Problems are {what is wrong: [where]}; names and cells are quoted in it, as they
-    may hold anything. The audio is not looked at. OSError or ValueError where the file cannot be
-    read as a table."""
+    """Rows of a label file -> ([Utterance], problems), of some splits. A row of a split that is not
+    in SPLITS is a problem, whichever are asked for. Problems are {what is wrong: [where]}; names
+    and cells are quoted in it, as they may hold anything. The audio is not looked at. OSError or
+    ValueError where the file cannot be read as a table."""
     low, high = scale
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
@@ -225,12 +225,13 @@ def simplify(path):
 
 
 def list_files(folder):
-    """{simplified name: path} of all files in a corpus, whose audio folder this is: a file that is
-    missing there may be in a sub-folder, or in Audio where there is Audios, too. A link to nothing
-    is found itself."""
+    """{simplified name: path} of all audio files in the corpus whose audio folder `folder` is: what
+    is missing there may be in a sub-folder, or in Audio where there is Audios, too. A link to
+    nothing is found itself."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
-    return {simplify(path): path for path in walk(os.path.dirname(folder))}
+    paths = walk(os.path.dirname(folder))
+    return {simplify(path): path for path in paths if path.lower().endswith(SUFFIXES)}
 
 
 def some(items, most=3, between=", "):
@@ -281,10 +282,11 @@ def require(utterances, splits, least=1):
             )
 
 
-# The second line is audio that only ffmpeg reads: it is found, and then refused by name.
-SUFFIXES = (
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aifc .aiff .au .snd .caf .w64 .rf64"
-    " .m4a .m4b .mp2 .mp4 .aac .webm .mka .amr .3gp .wma .ac3 .ape .wv .spx .sph .voc .tta .mpc"
+# The second line is audio that is not read here: it is found, and then refused by name.
+SUFFIXES = tuple(
+    str.split("""
+    .wav .wave .flac .ogg .oga .opus .mp3 .mp2 .aif .aifc .aiff .au .snd .caf .w64 .rf64
+    .m4a .m4b .mp4 .aac .webm .mka .amr .3gp .wma .ac3 .ape .wv .spx .sph .voc .tta .mpc""")
 )
 
 
@@ -321,7 +323,7 @@ def find_audio(paths):
             name = os.path.relpath(path, top)
             suffix = Path(name).suffix
             hidden = "/." in f"/{name}"
-            if hidden or suffix.lower() not in SUFFIXES.split():
+            if hidden or not name.lower().endswith(SUFFIXES):
                 others[suffix or "without suffix"] += 1
             else:
                 found.append(Utterance(name if len(paths) == 1 else path, path))
@@ -371,7 +373,11 @@ def open_sound(source, sample_rate, limited):
             with soundfile.SoundFile(number, closefd=False) as sound:
                 judge_header(sound, sample_rate, limited)
                 yield sound, content
-        except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: x.raw
+        except (
+            soundfile.SoundFileError,
+            TypeError,
+            ValueError,
+        ) as error:  # TypeError: of an open x.raw
             # GSM, for example, cannot be read from the middle.
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
@@ -404,7 +410,7 @@ def judge_header(sound, sample_rate, limited):
     if (
         sound.format not in CONTAINERS
         or sound.frames in (0, 2**63 - 1)  # The last is libsndfile's word for an unknown number.
-        # What lacks, in samples: some writers count their header as sound.
+        # The header claims over .01 s more than there is. It may claim less: some writers count it.
         or (claim and (int(claim[1]) / int(claim[2]) - 1) * sound.frames > 0.01 * rate)
         or re.search(DEFECTS, sound.extra_info)
     ):
@@ -453,8 +459,8 @@ def read_blocks(sound, file, start=0.0, stop=None):
 
 
 def measure(path, sample_rate=16000, limited=True):
-    """A file's number of samples at `sample_rate`. PCM in WAV is judged by its header and size, in
-    0.1 ms; anything else is decoded."""
+    """A file's number of samples at `sample_rate`. PCM or ADPCM in WAV is judged by its header and
+    size, which takes .1 ms; anything else is decoded."""
     with open_sound(path, sample_rate, limited) as (sound, file):
         samples = sound.frames
         if "WAV" not in sound.format or "PCM" not in sound.subtype:

@@ -37,7 +37,7 @@ COLORS = str.split("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000")
 def compare(scores, reference):
     """Two-sided t-test of independent runs with pooled variance (section V).
 
-    Takes two arrays over seeds. Returns the p value, NaN where nothing varies at all, the
+    Takes two arrays over seeds. Returns the p value, NaN where all scores are equal, the
     difference of the means and the difference's 95 % interval.
     """
     difference = scores.mean() - reference.mean()
@@ -154,7 +154,7 @@ def refuse_mixture(runs):
 
 
 def make_row(runs):
-    """A row: the settings that its runs share, and an array over finished seeds a measure."""
+    """A row: the settings that its runs share and, of each measure, an array over finished runs."""
     done = [run for run in runs if not run["out_of_memory"]]
     row = runs[0] | {"marks": {}, "several": len(done) > 1}
     for key in ["seed", "train_seconds", "peak_memory_bytes", *row["attributes"].split("+")]:
@@ -178,18 +178,17 @@ def make_row(runs):
 
 
 def group_rows(runs):
-    """The rows in the paper's order: uncached first, then fewer parameters, then fp32."""
+    """The rows in the paper's order: uncached first, among them those whose embedding is trained,
+    then fewer parameters, then fp32."""
     groups = {}
     for run in runs:
         # As text, because a damaged file may have a list in place of a setting.
         groups.setdefault(str([run[key] for key in ROW]), []).append(run)
     rows = [make_row(group) for group in groups.values()]
 
-    def place(row):  # False comes before True.
-        kind = row["scored"], row["cached"], row["freeze_embedding"]
-        return *kind, row["trainable_parameters"], row["precision"] != "fp32"
-
-    rows.sort(key=place)
+    keys = str.split("scored cached freeze_embedding trainable_parameters")
+    # False comes before True.
+    rows.sort(key=lambda row: ([row[key] for key in keys], row["precision"] != "fp32"))
     for row in rows:
         # What tells rows of the same short name apart is added to it.
         alike = [other for other in rows if other["short"] == row["short"]]
@@ -201,7 +200,8 @@ def group_rows(runs):
 
 
 def format_ccc(value):
-    """.623, as the paper prints a CCC; z: what rounds to zero has no sign."""
+    """.623: the paper's three decimals, without a zero before them. With z, what rounds to zero has
+    no sign."""
     return f"{value:z.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
@@ -328,7 +328,7 @@ def main(argv=None):
         plot(rows, attributes, args.plot)
     if args.format == "text":
         print(
-            f"p < {LEVEL}: † lower, ‡ higher than full fp32, cached than uncached; NS neither\n"
+            f"p < {LEVEL}: † lower, ‡ higher than full fp32 (cached: than uncached); NS neither\n"
             "- not compared: this needs two seeds, and two of full fp32 (if cached: of the row "
             "uncached), with the same attributes, padding and, if paper, eval_batch_size"
         )

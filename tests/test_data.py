@@ -242,6 +242,8 @@ def test_missing_audio(tmp_path, monkeypatch):
     for name, place in zip(names, places, strict=False):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / "Audios" / name).rename(tmp_path / place)
+    (tmp_path / "Transcripts").mkdir()
+    (tmp_path / "Transcripts" / "sub.txt").touch()  # MSP-Podcast has a text of each file's name.
     (tmp_path / "Audios" / "none.wav").unlink()
     (tmp_path / "Audios" / "folder.wav").mkdir()
     (tmp_path / "Audios" / "none.wav").symlink_to("gone.wav")
