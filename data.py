@@ -369,16 +369,12 @@ def open_sound(source, sample_rate, limited):
             if not file.seekable():
                 raise ValueError("a pipe; save it as a file first")
             content = without_tags(file)
-            number = file.fileno() if is_path and content is file else content
-            with soundfile.SoundFile(number, closefd=False) as sound:
+            handle = file.fileno() if is_path and content is file else content
+            with soundfile.SoundFile(handle, closefd=False) as sound:
                 judge_header(sound, sample_rate, limited)
                 yield sound, content
-        except (
-            soundfile.SoundFileError,
-            TypeError,
-            ValueError,
-        ) as error:  # TypeError: of an open x.raw
-            # GSM, for example, cannot be read from the middle.
+        except (soundfile.SoundFileError, TypeError, ValueError) as error:
+            # A TypeError is of an open file named x.raw. GSM cannot be read from the middle.
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
