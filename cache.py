@@ -3,8 +3,8 @@ serves runs of the last 3, 2 and 1. For the last 1, the two frozen layers betwee
 what is trained are computed at each step.
 
 Of the paper's three steps, the first is here `encode`, which computes the hidden states of each
-utterance, and `fill`, which stores them. The second, reading them in batches, is CachedDataset. The
-third, training, is train.py.
+utterance, and `fill`, which stores them. The second, batches of them, is CachedDataset, which reads
+them, and train.load_chunks, which pads them. The third, training, is the rest of train.py.
 
 A folder holds shards, and each shard describes itself: what it was made from, whose hidden states
 it holds, how many frames of each, and a checksum of each. There is no index that could disagree
@@ -55,12 +55,14 @@ def encode(model, recordings, device):
 def fill(folder, fingerprint, items, process=0):
     """Write hidden states into shards of a folder, packed without padding.
 
-    fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from}
+    fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from},
+        of JSON's types, and the same for all of a folder
     items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
     process : number of this process among those that fill the folder now
 
     A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
-    for hidden states without a frame, or not finite in that dtype. The greatest float16 is 65,504.
+    for hidden states of another shape, without a frame, or not finite in that dtype. The greatest
+    float16 is 65,504.
     """
     os.makedirs(folder, exist_ok=True)
     items = iter(items)  # Each shard takes the next of them.
@@ -72,13 +74,12 @@ def fill(folder, fingerprint, items, process=0):
         shard = list(take(items, DTYPES[fingerprint["dtype"]]))
         if not shard:
             return
-        names, hidden, audio_crcs = map(list, zip(*shard))
-        content = {
-            "fingerprint": fingerprint,
-            "names": names,
+        names, hidden, audio_crcs = zip(*shard)
+        content = {"fingerprint": fingerprint, "names": names, "audio": audio_crcs}
+        # What JSON gives back are plain types. NumPy's own strings, torch.load would refuse.
+        content = json.loads(json.dumps(content)) | {
             "frames": [len(states) for states in hidden],
             "checksums": [checksum(fingerprint, name, states) for name, states, _ in shard],
-            "audio": audio_crcs,
             "seconds": time.perf_counter() - began,  # also those in which `items` were computed
             "hidden": torch.cat(hidden),  # (sum of T, D)
         }
@@ -94,8 +95,9 @@ def take(items, dtype):
         # A copy, because the caller may reuse its tensor for the next utterance.
         hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
         total = hidden.sum(dtype=torch.float32)  # Not finite if an element is not: a fast test.
-        if not (len(hidden) and total.isfinite()):
-            raise ValueError(f"'{name}': empty, NaN, or too great for {dtype} (--dtype float32)")
+        if hidden.ndim != 2 or not (len(hidden) and total.isfinite()):
+            reason = f"not (T, D), empty, NaN, or too great for {dtype} (--dtype float32)"
+            raise ValueError(f"'{name}': {reason}")
         yield name, hidden, audio_crc
         size += hidden.nbytes
         if size >= SHARD_BYTES:
@@ -136,8 +138,8 @@ def open_shard(path):
     "states", {name: (T, D)}, and "entries", {name: Entry}. Only tensors and plain values are
     unpickled. ValueError for damage.
 
-    Shards stay mapped until read_entries is called again, because mapping one (.6 ms) takes longer
-    than reading from it (.3 ms).
+    Shards stay mapped until read_entries is called again, because mapping one takes longer than
+    reading an utterance from it.
     """
     try:
         shard = torch.load(path, mmap=True, weights_only=True)
@@ -256,12 +258,13 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         return utterance.name, torch.from_numpy(wave), zlib.crc32(file.getbuffer())
 
     process, processes = process_numbers()
-    # A share is by position in the corpus, and not in what is missing now. Thus processes that look
-    # at different moments leave no gap between them.
+    # A share is by position in the corpus. By position in what is missing, shares would shift as
+    # other processes fill, and an utterance could be in none.
     _, missing = agree_with(folder, model, utterances[process::processes], dtype)
     wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
     if not wanted:
         return
+    # In another run's fill, the process of the same number writes shards of the same names.
     with lock(folder, f".lock-{process}"):
         for path in Path(folder).glob(f"shard-{process}-*.tmp"):
             path.unlink()  # A killed process of this number left it half written.
@@ -321,8 +324,8 @@ def process_numbers():
 
 
 def verify(folder, root):
-    """Print every utterance that is damaged or, with a corpus `root`, whose recording has changed
-    or gone since. ValueError if there are any."""
+    """Print every utterance that is damaged or, if it is in the corpus `root`, whose recording has
+    changed or gone since. ValueError if there are any."""
     import data
 
     entries, _, _ = read_entries(folder)
@@ -345,7 +348,8 @@ def verify(folder, root):
             defects += 1
     if defects:
         raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are not as filled")
-    print(f"'{folder}': all {len(entries):,} utterances are intact")
+    compared = len(entries.keys() & paths.keys())
+    print(f"'{folder}': all {len(entries):,} utterances are intact; {compared:,} are in --data")
 
 
 def main(argv=None):

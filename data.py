@@ -49,7 +49,7 @@ class Utterance(NamedTuple):
 
 
 def load_audio(source, sample_rate=16000, start=0.0, stop=None):
-    """Sound of a path, or of an open binary file with a name -> mono float32 (S,) at `sample_rate`.
+    """Sound of a path, or of an open binary file -> mono float32 (S,) at `sample_rate`.
     With `start` or `stop`, in seconds, only that piece of a recording of any length.
     ValueError "name: reason; remedy" where a file cannot be used, OSError where not opened."""
     whole = start == 0 and stop is None
@@ -378,7 +378,8 @@ def open_sound(source, sample_rate, limited):
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
-            raise ValueError(f"{str(file.name)!r}: {reason}") from error
+            name = str(getattr(file, "name", "a file in memory"))
+            raise ValueError(f"{name!r}: {reason}") from error
 
 
 def without_tags(file):
@@ -386,6 +387,7 @@ def without_tags(file):
     follows them, in memory. With such tags, libsndfile estimates a greater length of an MP3, and
     does not find every place in a FLAC."""
     begin = 0
+    file.seek(begin)
     head = file.read(10)
     while head.startswith(b"ID3"):
         # The last four bytes of a tag's head have seven bits each of how many bytes follow it.
@@ -414,7 +416,9 @@ def judge_header(sound, sample_rate, limited):
     if sound.frames * sample_rate < MIN_SAMPLES * rate:
         raise ValueError(f"shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms; leave it out")
     if limited and sound.frames > MAX_SECONDS * rate:
-        raise ValueError(f"longer than {MAX_SECONDS} s; cut it, or see `model.py predict --window`")
+        raise ValueError(
+            f"longer than {MAX_SECONDS} s; cut it, or read pieces (`model.py predict --window`)"
+        )
 
 
 def read_blocks(sound, file, start=0.0, stop=None):

@@ -70,8 +70,9 @@ class EmotionModel(nn.Module):
 
     SpecAugment and layer drop never run, whatever the encoder's config.json says: both are in
     Hugging Face's forward, and `run_stages` calls the layers without it. That is our choice: no
-    cache could have them, and the rows of Table I are to differ only in what they train. Hugging
-    Face's checkpointing is switched off, too, as train.py has its own.
+    cache could have them before the cut, and the rows of Table I are to differ only in what they
+    train. Hugging Face's checkpointing is switched off, too, as train.py has its own. The encoder
+    is changed in place, WavLM's attention among its parts: use it through the model only.
     """
 
     # Add 1 whenever what `prefix` computes changes: older caches are then refused.
@@ -164,8 +165,8 @@ class EmotionModel(nn.Module):
         return nn.ModuleList(parts)
 
     def train(self, mode=True):
-        """Parts without a trainable parameter stay in eval mode: "the output of frozen layers does
-        not change" (IV-C), so no dropout may work in them."""
+        """Parts of the encoder without a trainable parameter stay in eval mode: "the output of
+        frozen layers does not change" (IV-C), so no dropout may work in them."""
         super().train(mode)
         encoder = self.encoder
         for part in [encoder.feature_extractor, self.embedding(), *encoder.encoder.layers]:
@@ -211,9 +212,9 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        Its LayerNorms take float32 under autocast, too: the projection's by the .float() in
-        `run_stages`, the other by the one below. On a CPU, a LayerNorm over bfloat16 adds up its
-        weight's gradient over all frames in bfloat16, which is up to 46 % off.
+        On a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in
+        bfloat16, which is up to 46 % off. So under autocast, too, the LayerNorms here take float32:
+        the projection's from `run_stages`, and the last by the .float() below.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -288,6 +289,9 @@ class LoRALinear(nn.Module):
     A weight's update is a product of two thin matrices: lora_a (rank, in) starts random, and lora_b
     (out, rank) at zero. So the output starts as base's to the bit, and lora_b receives a gradient
     at once. Were both zero, neither would ever get one.
+
+    A module that reads its layer's weight, and does not call the layer, cannot have this in its
+    place: WavLM's attention, or PyTorch's TransformerEncoderLayer in eval mode.
     """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0.1):
@@ -336,6 +340,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: build a new model")
     model.encoder.requires_grad_(False)
+    model.head.requires_grad_(True)
     last = transformer.layers[depth - layers :]
     model.cut = depth - layers + 1  # The stage of the first of these layers.
     if method == "lora":
@@ -415,7 +420,7 @@ def read_config(name):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     hint = "" if os.path.isdir(name) else " (no folder here: give its place by --model)"
-    with blame(name + hint):
+    with blame(f"{name}{hint}"):
         require_version("transformers>=4.57")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **OVERRIDES)
         odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
@@ -491,6 +496,7 @@ def load_run(run, name=None):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if digest(encoder) != saved["settings"]["encoder_sha256"]:
             raise ValueError(f"it was trained from another encoder than '{name}' is")
+        # Of one run, all settings in best.pt are in config.json, too.
         if config | saved["settings"] != config:
             raise ValueError("it is of another run than config.json")
         model = build(encoder, audio, saved["settings"])

@@ -8,8 +8,10 @@
 
 A run folder: config.json (what makes the run), metrics.jsonl (a line an epoch), last.pt (all that
 the next epoch depends on), best.pt (the best epoch by Development), predictions-Test1.csv and, last
-of all, result.json. In comments: B batch, b a process's share of it, c a chunk of that, S samples,
-T frames, D width, A attributes, N utterances of a split.
+of all, result.json. "paper" and "exact" padding are explained in model.EmotionModel.
+
+In comments: B batch, b a process's share of it, c a chunk of that, S samples, T frames, D width, A
+attributes, N utterances of a split.
 """
 
 import argparse
@@ -102,6 +104,7 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     losses = []
     wanted = batches(dataset, args, epoch)
     load = partial(load_chunks, dataset, args, RANK, PROCESSES)
+    # Threads load batches ahead, and yield them in order, under a bar of this name.
     for batch, chunks in data.read_ahead(load, wanted, args.workers, f"epoch {epoch}"):
         with autocast(args):
             predictions = predict_batch(model, chunks, args)  # (b, A)
@@ -115,7 +118,7 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # It waits for the GPU, so the whole step is queued before.
+        losses.append(loss.item())  # .item() waits for the GPU, so it comes last.
         names = [dataset.utterances[i].name for i in batch]
         check_finite(loss, f"epoch {epoch}, step {len(losses)}: the loss of {names}")
     return sum(losses) / len(losses)
@@ -206,8 +209,8 @@ def load_chunks(dataset, args, process, processes, batch):
 
     Zeros follow waveforms (c, S), as in IV-B, or hidden states (c, T, D) from a cache, as in IV-C.
     In "paper" padding every chunk is padded to the longest of the whole batch, so that chunks and
-    processes change no prediction. In "exact" padding zeros change none, and a chunk is padded to
-    its own longest.
+    processes change no prediction, dropout off. In "exact" padding zeros change none, and a chunk
+    is padded to its own longest. (With dropout, each chunk draws its own, and so does a process.)
     """
     share = batch[process::processes]
     size = args.chunk or len(share)
@@ -333,8 +336,7 @@ def describe_run(args, model, utterances):
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Three options get another meaning here: layers a number in any case, device its name, and
-    # cache what it holds.
+    # Two options get another meaning here: layers is a number in any case, and device its name.
     config = vars(args) | {
         "layers": args.layers or len(model.encoder.encoder.layers),
         "corpus": digest_rows([u.name, u.split] for u in utterances),
@@ -347,15 +349,15 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # `run` and `make_datasets` fill these in; "cache" then says "cut 10, float16".
+    # `run` and `make_datasets` fill these in. Then "cache" is no path, but "cut 10, float16".
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
 
 
 def identify(config):
-    """Of config.json, what a run and its continuation have in common: it tells runs apart, and is
-    enough to rebuild the model. last.pt and best.pt hold it."""
+    """Of config.json, what a run and its continuation have in common: it tells runs apart, and with
+    the encoder it is enough to rebuild the model. last.pt and best.pt hold it."""
     return {key: value for key, value in config.items() if key not in MAY_DIFFER}
 
 
@@ -442,8 +444,9 @@ def compare_run(args, config, ignored):
 
 def start_run(args, config, model, optimizer, scaler):
     """Put all back as last.pt has it after the last finished epoch, if any -> history and best.
-    Then, once all processes agree, remove result.json, and write config.json and what last.pt
-    holds. ValueError where they do not agree, or last.pt is not of this run."""
+    Then, once all processes agree, remove result.json, write config.json and, of an earlier run,
+    best.pt and metrics.jsonl as last.pt has them. ValueError where they do not agree, or last.pt is
+    not of this run."""
     history = []
     best = None
     if any(args.out.glob("*.pt")):
@@ -604,7 +607,10 @@ def parse_args(argv):
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
     names = ("paper", "exact")
-    add("--padding", default="paper", choices=names, help="exact: as if alone (%(default)s)")
+    text = (
+        "paper: padding is averaged, too; exact: each utterance as if alone (default: %(default)s)"
+    )
+    add("--padding", default="paper", choices=names, help=text)
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
     flag("--recompute", help="compute activations twice, keep few (II-D)")
@@ -679,4 +685,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    shell(main)
+    shell(main)  # An error becomes one line and an exit status.

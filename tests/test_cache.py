@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -103,15 +104,16 @@ def made_on_the_fly(buffer, **odd):
 
 def test_any_iterable_is_filled(tmp_path, monkeypatch):
     """A cache of one's own tensors: items made on the fly in one buffer, non-contiguous or with a
-    gradient, are stored as they were when they came, in shards that end when full; nothing makes
-    nothing."""
+    gradient, with NumPy's names, are stored as they were when they came, in shards that end when
+    full; nothing makes nothing."""
     monkeypatch.setattr(cache, "SHARD_BYTES", 96)
     odd = {
         "turned": torch.arange(12.0).reshape(4, 3).T,
         "trained": torch.ones(2, 4, requires_grad=True) * 5,
     }
     cache.fill(tmp_path / "none", SINGLE, iter([]))
-    cache.fill(tmp_path, SINGLE, made_on_the_fly(torch.empty(3, 4), **odd), process=7)
+    items = made_on_the_fly(torch.empty(3, 4), **odd)
+    cache.fill(tmp_path, SINGLE, ((np.str_(name), *rest) for name, *rest in items), process=7)
     assert list(tmp_path.glob("none/*")) == []
     found = read_cache(tmp_path)
     expected = {name: torch.full((n, 4), float(n)) for n, name in enumerate("abc", start=1)} | odd
@@ -124,10 +126,11 @@ def test_any_iterable_is_filled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [70_000.0, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_not_stored(value, tmp_path):
-    """What float16 cannot hold, NaN and no frame at all are refused by name; float32 holds more."""
+    """What float16 cannot hold, NaN, no frame at all and a batch of one are refused by name;
+    float32 holds more."""
     odd = torch.ones(3, 4)
     odd[1, 2] = value
-    for wrong in (odd, odd[:0]):
+    for wrong in (odd, odd[:0], odd[None, :1]):
         with pytest.raises(ValueError, match="'odd'.*float16"):
             cache.fill(tmp_path, HALF, [("odd", wrong, None)])
     assert not list(tmp_path.iterdir())
@@ -255,7 +258,7 @@ def test_a_fill_continues(fill, cached, tmp_path, capsys):
     assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
     capsys.readouterr()
     cache.main(["--out", str(tmp_path), "--verify"])
-    assert "all 28 utterances are intact" in capsys.readouterr().out
+    assert "all 28 utterances are intact; 0 are in --data" in capsys.readouterr().out
 
 
 def test_processes_fill_side_by_side(fill, cached, corpus, tmp_path, monkeypatch):

@@ -428,6 +428,8 @@ def test_names_of_any_bytes(tmp_path):
     path.write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"\\udcff\\n.raw': damaged"):
         data.load_audio(path)
+    with pytest.raises(ValueError, match="'a file in memory': damaged"):
+        data.load_audio(io.BytesIO(b"RIFF"))
 
 
 def test_find_audio(tmp_path, capsys, monkeypatch):
