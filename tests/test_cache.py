@@ -1,6 +1,7 @@
 """A cached run against the uncached one with the same parts frozen; what is on disk; fills that
 continue, side by side or at once; the refusal of foreign caches."""
 
+import fcntl
 import itertools
 import pickle
 import shutil
@@ -304,7 +305,7 @@ sys.stdin.read()"""
 
 
 @pytest.mark.parametrize("splits", [["Train"], data.SPLITS[:3]])
-def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch):
+def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
     """A fill that finds another at work says so once and waits; what that has written until then,
     a part or all, is not filled again nor lost, and its half-written file is left alone."""
     folder = tmp_path / "cache"
@@ -312,21 +313,21 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch):
     fill(tmp_path / "other", *FLOAT32, "--splits", *splits)
     line = [sys.executable, "-c", HOLD, folder / ".lock-0"]
     holder = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    said = []
+    lockf = fcntl.lockf
 
-    def instead_of_print(text, **_):
-        said.append(text)
-        if "waiting" in text:  # now the other one goes on, and ends
+    def wait(file, operation):
+        if operation == fcntl.LOCK_EX:  # It would wait here. Now the other one goes on, and ends.
             assert (folder / "shard-0-00000.pt.0.tmp").exists()
             (tmp_path / "other" / "shard-0-00000.pt").rename(folder / "shard-0-00000.pt")
             holder.communicate()
+        lockf(file, operation)
 
-    monkeypatch.setattr(cache, "print", instead_of_print, raising=False)
+    monkeypatch.setattr(fcntl, "lockf", wait)
     assert holder.stdout.readline() == b"held\n"
     (folder / "shard-0-00000.pt.0.tmp").write_text("half")
     before = (tmp_path / "other" / "shard-0-00000.pt").read_bytes()
     fill(folder, *FLOAT32)
-    assert [text.startswith("waiting for another process") for text in said].count(True) == 1
+    assert capsys.readouterr().out.count("waiting for another process") == 1
     assert (folder / "shard-0-00000.pt").read_bytes() == before
     names = [torch.load(path)["names"] for path in sorted(folder.glob("shard-*"))]
     assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])

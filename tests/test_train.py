@@ -548,8 +548,12 @@ def test_deleted_epochs(launch, encoder, tmp_path, monkeypatch):
 
 
 def test_defaults(monkeypatch):
-    """Evaluation batches are as large as training's. On a CPU either kind of bf16 instructions
-    makes bf16 the default, and none fp32."""
+    """What the paper names is the default. Evaluation batches are as large as training's. On a CPU
+    either kind of bf16 instructions makes bf16 the default, and none fp32."""
+    paper = {"epochs": 5, "batch_size": 32, "eval_batch_size": 32, "lr": 1e-4, "dropout": 0.2}
+    paper |= {"method": "partial", "layers": 3, "rank": 8, "padding": "paper", "scale": [1, 7]}
+    line = "--data x --out x --device cpu --precision fp32"
+    assert vars(train.parse_args(line.split())).items() >= paper.items()
     given = ["--data", "x", "--out", "x", "--batch-size", "6", "--device", "cpu"]
     for able, precision in ((), "fp32"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16"):
         able = dict.fromkeys(able, True)
