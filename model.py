@@ -525,8 +525,8 @@ def explain_memory(advice):
 
 def predict(args):
     """Write FileName and each attribute, on the run's scale, of every file or window; of a corpus
-    the labels, too. A file that is unusable, or that a corpus lacks, is a line on stderr, and
-    status 1 at the end."""
+    the labels, too. A file that is unusable, that may not be read or that a corpus lacks is a line
+    on stderr, and status 1 at the end."""
     import data  # Only the command needs it, and no part of what is copied.
 
     model = load_run(args.run, args.model).to(choose_device(args.device))
@@ -554,7 +554,7 @@ def predict(args):
         for u in utterances:
             try:
                 writer.writerows(predict_file(model, u, args.window, args.hop))
-            except (ValueError, FileNotFoundError) as error:
+            except (ValueError, FileNotFoundError, PermissionError) as error:
                 failed = True
                 tqdm.write(str(error), sys.stderr)
     if failed:

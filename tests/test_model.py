@@ -727,17 +727,25 @@ def test_windows(small, score, tmp_path):
             predict(small, tmp_path / "long.wav", *wrong)
 
 
-def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd):
+def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd, monkeypatch):
     """`predict` goes on past a file that cannot be used: a line on stderr each, status 1. Notes
     there name silence, and say that a paper run was trained in padded batches."""
-    for name in ("1.wav", "3.wav"):
+    for name in ("1.wav", "3.wav", "secret.wav"):
         shutil.copy(min(Path(corpus, "Audios").glob("*.wav")), tmp_path / name)
     (tmp_path / "2.wav").write_bytes(b"no sound")
     (tmp_path / "0.wav").symlink_to("gone.wav")
     soundfile.write(tmp_path / "4.wav", np.zeros(8000), 16000)
+
+    def guarded(path, *args, **options):
+        if Path(path).name == "secret.wav":
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, *args, **options)
+
+    monkeypatch.setattr(data, "open", guarded, raising=False)
     with pytest.raises(SystemExit) as left:
         predict(small, tmp_path)
     out, err = capfd.readouterr()
+    assert err.count("Permission denied: ") == err.count("secret.wav") == 1
     assert left.value.code == 1 and err.count("2.wav") == err.count("0.wav") == 1
     assert err.count("constant sound") == err.count("4.wav") == err.count("padded batches") == 1
     names = ["FileName", "1.wav", "3.wav", "4.wav"]
