@@ -187,6 +187,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{FILL} --splits train", "split 'train' has 0 usable utterances"),
     (lambda: write("x.csv", OURS), f"{SPLIT} --split Tset2 --csv x.csv", "split 'Tset2' has 0"),
     (None, "cache --out gone --verify", "'gone' holds no cache"),
+    (None, "cache --out gone", "--data is required"),
     (None, f"{TRAIN} --seed 100000000000000000000", "--seed"),
     (None, f"{TRAIN} --workers 0", "--workers"),
     (None, f"{TRAIN} --lr nan", "--lr"),
