@@ -321,8 +321,8 @@ def main(argv=None):
     cuda = train.parse_args(["--demo", "--device", options.device]).device == "cuda"
     named = PEERS if options.peers else TABLE_2 if options.memory is not None else None
     rows = options.rows or named or (QUICK if options.quick else list(ROWS))
-    if not set(rows) <= {*ROWS, *PEERS} or (options.memory and not cuda):
-        parser.error("unknown rows (see --help), or caps for --memory without CUDA")
+    if not set(rows) <= {*ROWS, *PEERS} or (options.memory and not cuda) or options.batch in (0, 1):
+        parser.error("unknown rows (see --help), caps without CUDA, or a --batch below 2")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     logging.disable_progress_bar()
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's own lines, in the processes that follow
