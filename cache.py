@@ -2,9 +2,9 @@
 serves runs of the last 3, 2 and 1. For the last 1, the two frozen layers between what is stored and
 what is trained are computed at each step.
 
-Of the paper's three steps, the first is here `encode`, which computes the hidden states of each
-utterance, and `fill`, which stores them. The second, batches of them, is CachedDataset, which reads
-them, and train.load_chunks, which pads them. The third, training, is the rest of train.py.
+The paper has three steps. The first, storing the hidden states of each utterance, is `encode`,
+which computes them, and `fill`. The second, making batches, is CachedDataset, which reads them, and
+train.load_chunks, which pads them. The third, training, is the rest of train.py.
 
 A folder holds shards, and each shard describes itself: what it was made from, whose hidden states
 it holds, how many frames of each, and a checksum of each. There is no index that could disagree
@@ -75,9 +75,9 @@ def fill(folder, fingerprint, items, process=0):
         if not shard:
             return
         names, hidden, audio_crcs = zip(*shard)
-        content = {"fingerprint": fingerprint, "names": names, "audio": audio_crcs}
-        # What JSON gives back are plain types. NumPy's own strings, torch.load would refuse.
-        content = json.loads(json.dumps(content)) | {
+        about = {"fingerprint": fingerprint, "names": names, "audio": audio_crcs}
+        # torch.load would refuse NumPy's strings. JSON gives back plain ones.
+        content = json.loads(json.dumps(about)) | {
             "frames": [len(states) for states in hidden],
             "checksums": [checksum(fingerprint, name, states) for name, states, _ in shard],
             "seconds": time.perf_counter() - began,  # also those in which `items` were computed
@@ -348,8 +348,8 @@ def verify(folder, root):
             defects += 1
     if defects:
         raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are not as filled")
-    compared = len(entries.keys() & paths.keys())
-    print(f"'{folder}': all {len(entries):,} utterances are intact; {compared:,} are in --data")
+    listed = len(entries.keys() & paths.keys())
+    print(f"'{folder}': all {len(entries):,} utterances are intact, {listed:,} of them in --data")
 
 
 def main(argv=None):

@@ -26,8 +26,8 @@ def ccc(pred, target):
     Two choices of ours, where the paper is silent. Variances and covariance are means over all N,
     as Lin (1989) defines them. (torch.var divides by N - 1: beside a covariance that divides by N,
     ccc(x, x) would not be 1.) And 1e-8 is added to the denominator, which is 0 if predictions and
-    labels are the same constant: the CCC is then 0 with finite gradients, and not NaN. On a
-    scale from 0 to 1, or a larger one, that changes nothing else.
+    labels are the same constant: the CCC is then 0 with finite gradients, and not NaN. Do not
+    give labels in tiny units: of x spread evenly over 0 to .001, ccc(x, x) is .94.
     """
     if pred.shape != target.shape:
         raise ValueError(f"predictions {tuple(pred.shape)}, but targets {tuple(target.shape)}")

@@ -374,7 +374,8 @@ def open_sound(source, sample_rate, limited):
                 judge_header(sound, sample_rate, limited)
                 yield sound, content
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
-            # A TypeError is of an open file named x.raw. GSM cannot be read from the middle.
+            # soundfile raises a TypeError for an open file whose name ends in .raw.
+            # Not to be read in pieces: some codecs, GSM for one, cannot seek.
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
@@ -408,7 +409,8 @@ def judge_header(sound, sample_rate, limited):
     if (
         sound.format not in CONTAINERS
         or sound.frames in (0, 2**63 - 1)  # The last is libsndfile's word for an unknown number.
-        # The header claims over .01 s more than there is. It may claim less: some writers count it.
+        # The header claims over .01 s more than there is. Less is let pass, because some writers
+        # count the header itself as sound.
         or (claim and (int(claim[1]) / int(claim[2]) - 1) * sound.frames > 0.01 * rate)
         or re.search(DEFECTS, sound.extra_info)
     ):

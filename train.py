@@ -104,7 +104,7 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
     losses = []
     wanted = batches(dataset, args, epoch)
     load = partial(load_chunks, dataset, args, RANK, PROCESSES)
-    # Threads load batches ahead, and yield them in order, under a bar of this name.
+    # Batches come in order, loaded ahead by threads. The text is the name of the bar.
     for batch, chunks in data.read_ahead(load, wanted, args.workers, f"epoch {epoch}"):
         with autocast(args):
             predictions = predict_batch(model, chunks, args)  # (b, A)
@@ -607,9 +607,7 @@ def parse_args(argv):
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
     names = ("paper", "exact")
-    text = (
-        "paper: padding is averaged, too; exact: each utterance as if alone (default: %(default)s)"
-    )
+    text = "paper: the mean is over padding, too; exact: as if alone (default: %(default)s)"
     add("--padding", default="paper", choices=names, help=text)
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)

@@ -259,7 +259,7 @@ def test_a_fill_continues(fill, cached, tmp_path, capsys):
     assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
     capsys.readouterr()
     cache.main(["--out", str(tmp_path), "--verify"])
-    assert "all 28 utterances are intact; 0 are in --data" in capsys.readouterr().out
+    assert "all 28 utterances are intact, 0 of them in --data" in capsys.readouterr().out
 
 
 def test_processes_fill_side_by_side(fill, cached, corpus, tmp_path, monkeypatch):
