@@ -261,7 +261,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     # A share is by position in the corpus. By position in what is missing, shares would shift as
     # other processes fill, and an utterance could be in none.
     _, missing = agree_with(folder, model, utterances[process::processes], dtype)
-    wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It counts their samples, too.
+    wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It sets their `samples`, too.
     if not wanted:
         return
     # In another run's fill, the process of the same number writes shards of the same names.

@@ -95,23 +95,24 @@ def main(argv=None):
 
 def shell(command):
     """Run the main of any of the six scripts: bad input becomes one line and exit status 2,
-    Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file
-    imports none of the others when it is itself imported.
+    Ctrl-C a line and 130. It has nothing to do with the CCC. It stands here because this file needs
+    no other one, so that each of them can import it.
 
     Ctrl-C may come while another error is being printed, so the try for it is the outer one. For
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
-    # stats.py prints †, which not every terminal can show. A notebook's stdout, and None, lack the
-    # method: `dict` stands in for it, and does nothing.
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
-    leave = argparse.ArgumentParser().exit  # It prints to stderr, and ends with a status.
+    if hasattr(sys.stdout, "reconfigure"):  # A notebook's has none.
+        # stats.py prints †, which not every terminal can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             command()
         except (ValueError, OSError, MemoryError) as error:
-            leave(2, f"error: {error}\n")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt:
-        leave(130, "interrupted; run the same line again (train.py: with --resume)\n")
+        print("interrupted; run the same line again (train.py: with --resume)", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ class EmotionModel(nn.Module):
     whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the
     encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
-    `cut` is the first stage that `suffix` runs. `freeze` sets it, and a cache of an earlier cut may
-    move it there (cache.agree_with). What lies before the cut needs no gradient. Frozen stages may
-    come after it, too: in partial finetuning as in the paper, the embedding is trained, so the cut
-    is 0, and a gradient crosses all frozen layers.
+    `cut` is the first stage that `suffix` runs. `freeze` sets it. A cache that was filled for a
+    lower cut lowers it to its own (cache.agree_with). What lies before the cut needs no gradient.
+    Frozen stages may come after it, too: in partial finetuning as in the paper, the embedding is
+    trained, so the cut is 0, and a gradient crosses all frozen layers.
 
     "paper" padding: a batch is zero-padded to its longest. Without a cache, the waveforms are
         padded (IV-B). With a cache, the hidden states at the cut are (IV-C), which gives other
@@ -157,7 +157,7 @@ class EmotionModel(nn.Module):
 
     def embedding(self):
         """The modules of stage 0, in a new list, so that one call of train() or requires_grad_()
-        reaches all. Ask its parts for `training`, as a new list always says True."""
+        reaches all. (The list's own `training` says nothing of them.)"""
         transformer = self.encoder.encoder
         parts = [self.encoder.feature_projection, transformer.pos_conv_embed, transformer.dropout]
         if not self.norm_last:
@@ -214,7 +214,8 @@ class EmotionModel(nn.Module):
 
         On a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in
         bfloat16, which is up to 46 % off. So under autocast, too, the LayerNorms here take float32:
-        the projection's from `run_stages`, and the last by the .float() below.
+        `run_stages` gives the projection float32 features, and the .float() below does it for the
+        last one.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -571,7 +572,7 @@ def predict_file(model, u, window, hop):
     pieces = [()]  # the whole
     if window:
         seconds = data.measure(u.path, model.sample_rate, limited=False) / model.sample_rate
-        # Another window begins while over .1 s is left; it may be shorter.
+        # Another window begins while over .1 s lies after the end of the last. It may be shorter.
         count = 1 + max(0, math.ceil((seconds - window - 0.1) / hop))
         pieces = [(k * hop, min(k * hop + window, seconds)) for k in range(count)]
     for bounds in pieces:  # () or (start, stop) in seconds
@@ -628,7 +629,8 @@ def export(args):
     # Hugging Face has a linear layer before the mean. We have none: theirs becomes the identity.
     nn.init.eye_(exported.projector.weight)
     nn.init.zeros_(exported.projector.bias)
-    # With a mask, files in a batch give what they give alone, unless the CNN normalises over time.
+    # Hugging Face's padding with a mask is our "exact" one, unless the CNN normalises over time. A
+    # model that was trained without a mask is exported without one.
     masked = model.padding == "exact" and config.feat_extract_norm == "layer"
     extractor = transformers.Wav2Vec2FeatureExtractor(
         sampling_rate=model.sample_rate,

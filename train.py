@@ -8,7 +8,8 @@
 
 A run folder: config.json (what makes the run), metrics.jsonl (a line an epoch), last.pt (all that
 the next epoch depends on), best.pt (the best epoch by Development), predictions-Test1.csv and, last
-of all, result.json. "paper" and "exact" padding are explained in model.EmotionModel.
+of all, result.json. The first lines of model.py say what `prefix`, `suffix` and the cut between
+them are, and those of model.EmotionModel what "paper" and "exact" padding are.
 
 In comments: B batch, b a process's share of it, c a chunk of that, S samples, T frames, D width, A
 attributes, N utterances of a split.
@@ -180,8 +181,9 @@ def batches(dataset, args, epoch=None):
     of evaluation, without `epoch`, are in corpus order or, in "exact" padding, from short to long.
     Inside a batch, the shortest comes first.
 
-    Utterances are sorted by their frames, then by index. A cached run knows no samples, and has to
-    sort as an uncached one does, so that an utterance gets the same dropout in both.
+    Utterances are sorted by their frames, then by index, and not by their samples, of which a cache
+    says nothing. So a cached run sorts as an uncached one does. That matters, because an utterance
+    gets its dropout by its place in the batch.
     """
 
     def by_frames(i):
@@ -291,6 +293,7 @@ def run(args):
     """
     check_place(args)
     torch.manual_seed(args.seed)
+    # `audio` is which waveforms the encoder takes: their rate, and whether to normalise them.
     encoder, audio = models.load_encoder(args.model)
     model = models.build(encoder, audio, vars(args)).to(args.device)
     utterances = data.load_corpus(
@@ -299,6 +302,7 @@ def run(args):
     config = describe_run(args, model, utterances)
     if not args.cached:
         utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
+        # This word in config.json is about the recordings.
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
         if compare_run(args, config, [*MAY_DIFFER, "cache", "cache_contents"]):
@@ -316,6 +320,7 @@ def run(args):
             f" utterances: {sizes}; {steps:,} steps an epoch",
             flush=True,
         )
+        # A new one, because the result in this one, "out of memory", counts in Table II.
         advice = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
         try:
             with models.explain_memory(advice):
@@ -336,7 +341,8 @@ def describe_run(args, model, utterances):
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Two options get another meaning here: layers is a number in any case, and device its name.
+    # Three options get another meaning: layers is a number in any case, device is its name, and
+    # cache, at the end, no path, but "cut 10, float16".
     config = vars(args) | {
         "layers": args.layers or len(model.encoder.encoder.layers),
         "corpus": digest_rows([u.name, u.split] for u in utterances),
@@ -349,7 +355,7 @@ def describe_run(args, model, utterances):
         "device_memory_bytes": memory,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # `run` and `make_datasets` fill these in. Then "cache" is no path, but "cut 10, float16".
+    # `run` and `make_datasets` fill these in.
     config |= dict.fromkeys(["audio", "cache", "cache_contents", "fill_seconds"])
     del config["resume"]  # So a resumed run's file is that of an undisturbed one.
     return config
@@ -362,8 +368,8 @@ def identify(config):
 
 
 def digest_rows(rows):
-    """A digest of a list of lists, whatever their order."""
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+    """A digest of lists in their order. With utterances in another order, batches would differ."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
 def make_datasets(args, model, utterances, config):
@@ -381,13 +387,14 @@ def make_datasets(args, model, utterances, config):
         exchange("filled")  # All processes wait here until the cache is filled.
         entries, fingerprint, seconds = cache.read_entries(args.cache)
         utterances = [u for u in utterances if u.name in entries]
+    data.require(utterances, args.splits, least=2)
+    data.require(utterances, args.splits[:1], PROCESSES)  # so that each has a share of a batch
+    if args.cached:
         config |= {
             "cache": "cut {cut}, {dtype}".format(**fingerprint),
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
             "fill_seconds": seconds,
         }
-    data.require(utterances, args.splits, least=2)
-    data.require(utterances, args.splits[:1], PROCESSES)  # so that each has a share of a batch
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
@@ -444,9 +451,9 @@ def compare_run(args, config, ignored):
 
 def start_run(args, config, model, optimizer, scaler):
     """Put all back as last.pt has it after the last finished epoch, if any -> history and best.
-    Then, once all processes agree, remove result.json, write config.json and, of an earlier run,
-    best.pt and metrics.jsonl as last.pt has them. ValueError where they do not agree, or last.pt is
-    not of this run."""
+    Then, once all processes agree, begin in the run folder: remove an earlier result.json, and
+    write config.json. Of a resumed run, best.pt and metrics.jsonl are written anew from last.pt.
+    ValueError where processes do not agree, or last.pt is not of this run."""
     history = []
     best = None
     if any(args.out.glob("*.pt")):
@@ -662,6 +669,7 @@ def choose_precision(device):
     on a CPU that has instructions for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
         return "fp16", "as in the paper"
+    # An older PyTorch has no such function: `dict` then stands in for it, and says nothing.
     able = getattr(torch.cpu, "get_capabilities", dict)()
     if able.get("avx512_bf16") or able.get("amx_bf16"):
         return "bf16", "its instructions found"

@@ -135,6 +135,12 @@ def swap(name, seed):
     torch.save(saved, f"run/{name}.pt")
 
 
+def lose_audio():
+    """Give every audio file another name."""
+    for path in Path(CLIP).parent.iterdir():
+        path.rename(path.with_suffix(".flac"))
+
+
 class Hostile:
     def __reduce__(self):  # if unpickled, it makes a file, which `refused` then finds
         return open, ("executed", "w")
@@ -151,6 +157,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: replace(b"u00.wav", b'"u\n0"'), TRAIN, r"'u\n0'"),
     (lambda: (replace(b"16000", b"8000", SOUND), clip(NOISE[:640])), FILL, "shorter than 50 ms"),
     (lambda: os.remove(CLIP), f"{TRAIN} --cache late", "'u00.wav'"),
+    (lose_audio, f"{TRAIN} --cache late --skip-bad{LATE}", "'Train' has 0 usable utterances"),
     (lambda: os.remove("run/last.pt"), RESUME, "run/last.pt"),
     (lambda: swap("last", 5), RESUME, "it is of another run"),
     (lambda: swap("best", 5), PREDICT, "it is of another run than config.json"),

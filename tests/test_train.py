@@ -431,7 +431,7 @@ CHANGES = """lr 0.02, dropout 0.1, epochs 2, batch_size 6, eval_batch_size 3, pr
     chunk 2, padding exact, recompute, seed 3, attributes valence activation,
     splits Train Test1 Development, scale 1 7.5, layers 2, freeze_embedding, method lora,
     cached --cache nowhere, audio --data longer, labels --data other,
-    encoder_sha256 --model encoder, corpus --data fewer"""
+    encoder_sha256 --model encoder, corpus --data fewer, corpus --data reversed"""
 
 
 def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, monkeypatch):
@@ -439,6 +439,7 @@ def test_only_the_same_run_is_resumed(whole, launch, other_corpus, tmp_path, mon
     numbers come from; the refusal names what, and leaves the folder to the byte."""
     monkeypatch.chdir(tmp_path)
     other_corpus(lambda rows: rows[1:]).rename("fewer")
+    other_corpus(lambda rows: rows[::-1]).rename("reversed")
     wave, rate = soundfile.read("fewer/Audios/DEMO_0001_0000.wav")
     other_corpus(lambda rows: rows).rename("longer")
     soundfile.write("longer/Audios/DEMO_0001_0000.wav", np.append(wave, 0), rate)
