@@ -2,7 +2,7 @@
 layout. Everything above the command line stands alone: copy it. As a command:
 
     python data.py MSP-Podcast   # a table of splits, then any problems, with exit status 1
-    python data.py --demo demo   # write the synthetic corpus demo/ and a tiny encoder, demo/encoder
+    python data.py --demo synth  # write the synthetic corpus synth/ and a tiny encoder in it
 
 A corpus is a folder with Audios/ and Labels/labels_consensus.csv; any release from 1.6 on is read.
 In comments: B batch, S samples, T frames, D width, A attributes.
@@ -42,8 +42,8 @@ class Utterance(NamedTuple):
     name: str  # FileName
     path: str
     split: str = ""
-    # A floats, the scale as 0 to 1 (section III), as are targets and predictions: only files and
-    # the screen have numbers on the scale itself. NaN in Test3.
+    # A floats, on 0 to 1 for the ends of the scale (section III), as are targets and predictions.
+    # Only files and the screen have numbers on the scale itself. NaN in Test3.
     labels: tuple = ()
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
@@ -227,7 +227,7 @@ def simplify(path):
 def list_files(folder):
     """{simplified name: path} of all audio files in the corpus whose audio folder `folder` is: what
     is missing there may be in a sub-folder, or in Audio where there is Audios, too. A link to
-    nothing is found itself."""
+    nothing counts as a file, so it is found under its own name."""
     if not os.listdir(folder):  # this itself is an OSError where there is no folder
         raise FileNotFoundError(f"{folder} is empty; is its disk mounted?")
     paths = walk(os.path.dirname(folder))
@@ -282,7 +282,7 @@ def require(utterances, splits, least=1):
             )
 
 
-# The second line is audio that is not read here: it is found, and then refused by name.
+# Of the second line nothing is read here. It is found in folders, so that an error names it.
 SUFFIXES = tuple(
     str.split("""
     .wav .wave .flac .ogg .oga .opus .mp3 .mp2 .aif .aifc .aiff .au .snd .caf .w64 .rf64
@@ -306,8 +306,8 @@ def walk(top, on_error=None):
 
 
 def find_audio(paths):
-    """Unlabelled utterances of files, and of the audio in folders: of one folder, named by their
-    paths in it. What else is there is counted on stderr."""
+    """Unlabelled utterances of files, and of the audio in folders. If one folder is given, they
+    have names relative to it, else their whole paths. What else is there is counted on stderr."""
 
     def fail(error):
         raise error  # Else the files of a folder that cannot be read would be left out silently.
@@ -374,8 +374,8 @@ def open_sound(source, sample_rate, limited):
                 judge_header(sound, sample_rate, limited)
                 yield sound, content
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
-            # soundfile raises a TypeError for an open file whose name ends in .raw.
-            # Not to be read in pieces: some codecs, GSM for one, cannot seek.
+            # soundfile raises a TypeError for an open file whose name ends in .raw. And some
+            # codecs, GSM for one, cannot seek: those are "not to be read in pieces".
             reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
             if isinstance(error, ValueError):
                 reason = error
@@ -452,7 +452,7 @@ def read_blocks(sound, file, start=0.0, stop=None):
     # bit rate, and two FLACs may have been joined. If `decoded` bytes gave `samples`, the rest
     # would give samples * rest / decoded more. A tag, of title and artist, is no sound.
     expected = samples
-    decoded = file.tell()  # bytes
+    decoded = file.tell()  # in bytes: libsndfile reads this very file, so it has read up to here
     rest = file.read()
     if sound.format in ("MP3", "FLAC") and not rest.startswith((b"TAG", b"APETAGEX")):
         expected += samples * len(rest) / decoded
@@ -479,7 +479,8 @@ def is_constant(wave):
 
 VOWELS = ((700, 1200, 2500), (350, 2100, 2800), (400, 900, 2400), (500, 1600, 2500))  # formants, Hz
 VOICES = ((95, 130), (170, 230))  # ranges of f0, Hz: of a man's voice, of a woman's
-SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))  # utterances of each
+# Of each split, how many speakers, and how many utterances of each of them.
+SPEAKERS = (("Train", 12, 32), ("Development", 4, 24), ("Test1", 4, 32))
 
 
 def synthesize(activation, valence, voice, rng, sample_rate=16000):
@@ -618,7 +619,7 @@ def main(argv=None):
         print(f"{kind}: {len(places)}", some(places, 20, "\n  "), sep="\n  ")
     if problems:
         sys.exit(1)
-    require(good, SPLITS[:3], least=2)  # as train.py does, in one process
+    require(good, SPLITS[:3], least=2)  # what train.py needs, in one process
     print("no problems")
 
 

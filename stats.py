@@ -20,7 +20,8 @@ LEVEL = 0.05  # A difference is significant below this p value (section V).
 FULL = {"method": "full", "precision": "fp32"}  # This row is the reference of all uncached ones.
 # What is trained, and how: a cached row and its uncached twin agree in that.
 TRAINED = str.split("method layers precision rank alpha lora_dropout")
-# Runs that agree in all of ROW are seeds of one row.
+# Runs that agree in all of ROW are seeds of one row. `cached` is true or false, and `cache` says at
+# which cut and in which dtype.
 ROW = TRAINED + str.split("""attributes padding eval_batch_size cached cache freeze_embedding
     processes chunk recompute""")
 # All runs of a table agree in SAME, as neither scores nor hours could be compared otherwise.
@@ -41,7 +42,8 @@ def compare(scores, reference):
     difference of the means and the difference's 95 % interval.
     """
     difference = scores.mean() - reference.mean()
-    # A shift of both changes no result, and leaves exact zeros where all scores are equal.
+    # A shift of both changes no result. Where all scores are equal, it makes them zeros, and so the
+    # p value NaN, where rounding would give some number.
     shift = reference[0]
     test = stats.ttest_ind(scores - shift, reference - shift)
     return test.pvalue, difference, test.confidence_interval(0.95)
@@ -60,7 +62,10 @@ def decide_mark(cached, difference, p, p_anova):
 
 def find_uncached(row, rows, wanted):
     """The first uncached row that has the wanted settings and may be compared with `row`, or None.
-    In the order of `group_rows`, rows whose embedding is trained come first, as the paper's do."""
+    Of rows that differ in --freeze-embedding only, it is the one without, as in the paper.
+
+    rows : of group_rows, in its order
+    """
     wanted = wanted | {"scored": row["scored"], "cached": False, "several": True}
     return next((other for other in rows if wanted.items() <= other.items()), None)
 
@@ -71,37 +76,43 @@ def mark_attribute(rows, attribute):
     Fills row["marks"], and returns a line {column: text} for each t-test.
     """
     rows = [row for row in rows if attribute in row and row["several"]]
-    # A family is a row, and those that are compared with it. In the paper, cached rows have no
-    # ANOVA and no correction. So each makes a family of two with its twin, where neither changes a
-    # thing: the p value of an ANOVA over two rows is that of their t-test.
-    families = {}
-    for row in rows:
-        wanted = {key: row[key] for key in TRAINED} if row["cached"] else FULL
-        other = find_uncached(row, rows, wanted)
-        if other is row:
-            row["marks"][attribute] = ""  # It is the full fp32 of its family.
-        elif other:
-            name = row["name"] if row["cached"] else other["name"]
-            families.setdefault(name, [other]).append(row)
+    uncached = [row for row in rows if not row["cached"]]
     lines = []
-    for other, *compared in families.values():
-        groups = [row[attribute] for row in [other, *compared]]
-        p_anova = stats.f_oneway(*groups).pvalue
-        for row in compared:
-            p, difference, interval = compare(row[attribute], other[attribute])
-            corrected = min(1.0, p * len(compared))  # Bonferroni: so many t-tests.
-            row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
-            line = {
-                "row": row["name"],
-                "attribute": attribute,
-                "against": other["name"],
-                "difference": format_ccc(difference),
-                "95 % interval": " to ".join(map(format_ccc, interval)),
-                "p": f"{p:.3g}",
-                "corrected": f"{corrected:.3g}",
-                "ANOVA's p": f"{p_anova:.3g}",
-            }
-            lines.append(line)
+    for full in uncached:
+        if full is find_uncached(full, rows, FULL):
+            full["marks"][attribute] = ""
+            alike = [row for row in uncached if row["scored"] == full["scored"] and row is not full]
+            lines += mark_family(full, alike, attribute)
+    for row in rows:
+        twin = find_uncached(row, rows, {key: row[key] for key in TRAINED})
+        if row["cached"] and twin:
+            # In the paper, cached rows have no ANOVA and no correction. Of two rows, neither
+            # changes a thing: the p value of the ANOVA is that of the one t-test.
+            lines += mark_family(twin, [row], attribute)
+    return lines
+
+
+def mark_family(reference, rows, attribute):
+    """An ANOVA over a reference and the rows that are compared with it, and a t-test of each."""
+    if not rows:
+        return []
+    p_anova = stats.f_oneway(reference[attribute], *(row[attribute] for row in rows)).pvalue
+    lines = []
+    for row in rows:
+        p, difference, interval = compare(row[attribute], reference[attribute])
+        corrected = min(1.0, p * len(rows))  # Bonferroni: so many t-tests.
+        row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
+        line = {
+            "row": row["name"],
+            "attribute": attribute,
+            "against": reference["name"],
+            "difference": format_ccc(difference),
+            "95 % interval": " to ".join(map(format_ccc, interval)),
+            "p": f"{p:.3g}",
+            "corrected": f"{corrected:.3g}",
+            "ANOVA's p": f"{p_anova:.3g}",
+        }
+        lines.append(line)
     return lines
 
 
@@ -154,7 +165,8 @@ def refuse_mixture(runs):
 
 
 def make_row(runs):
-    """A row: the settings that its runs share and, of each measure, an array over finished runs."""
+    """A row: the settings that its runs share and, of what is scored or measured anew in each run,
+    an array over those that finished. (fill_seconds is the first one's: they share a cache.)"""
     done = [run for run in runs if not run["out_of_memory"]]
     row = runs[0] | {"marks": {}, "several": len(done) > 1}
     for key in ["seed", "train_seconds", "peak_memory_bytes", *row["attributes"].split("+")]:
@@ -178,8 +190,8 @@ def make_row(runs):
 
 
 def group_rows(runs):
-    """The rows in the paper's order: uncached first, among them those whose embedding is trained,
-    then fewer parameters, then fp32."""
+    """Rows that may be compared stand together, among them uncached ones first, then those without
+    --freeze-embedding, then those of fewer trained parameters, then fp32: the paper's order."""
     groups = {}
     for run in runs:
         # As text, because a damaged file may have a list in place of a setting.
@@ -238,9 +250,10 @@ def table_one(rows, attributes):
 
 
 def memory_table(rows, sizes):
-    """Table II: yields {column: text} for each row, for cards of some sizes in GB (10^9 bytes): ✓
-    from a row's peak on, ✗ below it and up to a card on which it failed, else ?. A peak is what was
-    allocated, or on a CPU resident; a GPU needs some hundred MB beside it."""
+    """Table II: yields {column: text} for each row, for cards of some sizes in GB (10^9 bytes). ✗:
+    smaller than a row's peak, or no larger than a card on which it failed. ✓: any other, if a peak
+    is known, and ? if none is. A peak is what was allocated, or on a CPU resident; a GPU needs some
+    hundred MB beside it."""
     for row in rows:
         peak = max(row["peak_memory_bytes"], default=0) / 1e9
         line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
