@@ -60,9 +60,9 @@ def fill(folder, fingerprint, items, process=0):
     items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
     process : number of this process among those that fill the folder now
 
-    A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
-    for hidden states of another shape, without a frame, or not finite in that dtype. The greatest
-    float16 is 65,504.
+    A shard is written whole or not at all, so the folder is a valid cache at any moment. D is the
+    same for all of a folder. ValueError for hidden states that are no (T, D), have no frame, or are
+    not finite in that dtype. The greatest float16 is 65,504.
     """
     os.makedirs(folder, exist_ok=True)
     items = iter(items)  # Each shard takes the next of them.
@@ -85,7 +85,7 @@ def fill(folder, fingerprint, items, process=0):
         }
         with atomic(path) as file:
             torch.save(content, file)
-        del shard, hidden, content  # Only one shard at a time is in memory.
+        del shard, hidden, content  # Else they would be in memory beside the next shard.
 
 
 def take(items, dtype):
@@ -319,7 +319,9 @@ def process_numbers():
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     half = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
     if half or not 0 <= process < processes:
-        raise ValueError(f"RANK {process} of WORLD_SIZE {processes}: set both, or neither")
+        raise ValueError(
+            f"RANK {process} of WORLD_SIZE {processes}: set both, or neither; RANK counts from 0"
+        )
     return process, processes
 
 

@@ -32,8 +32,11 @@ def ccc(pred, target):
     if pred.shape != target.shape:
         raise ValueError(f"predictions {tuple(pred.shape)}, but targets {tuple(target.shape)}")
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    pred = pred.to(dtype)
-    target = target.to(dtype)
+    # A shift of both changes no result. With it, rounding is that of the labels' range, however far
+    # from zero they lie, and equal constants are zeros.
+    origin = target[:1].to(dtype)
+    pred = pred.to(dtype) - origin
+    target = target.to(dtype) - origin
     shift = pred.mean(0) - target.mean(0)
     pred = pred - pred.mean(0)
     target = target - target.mean(0)

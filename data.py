@@ -552,7 +552,7 @@ def write_encoder(folder, width=64, channels=32):
 @contextmanager
 def new_folder(path):
     """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
-    something already, except an empty folder."""
+    something already, except an empty folder, and where it cannot be filled."""
     path = Path(path)
     if path.exists() and os.listdir(path):
         raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
@@ -560,7 +560,10 @@ def new_folder(path):
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         made = Path(folder, "made")
         made.mkdir()
-        yield made
+        try:
+            yield made
+        except Exception as error:  # Of a full disk, soundfile and safetensors raise their own.
+            raise OSError(f"cannot write '{path}': {error}") from error
         made.rename(path)
 
 

@@ -66,7 +66,8 @@ class EmotionModel(nn.Module):
 
     `sample_rate` (Hz) and `normalise` say which waveforms the encoder was pretrained on.
     load_encoder reads both from the checkpoint's preprocessor: `EmotionModel(encoder, **audio)`.
-    The model normalises waveforms itself, in `prefix`.
+    The model normalises waveforms itself, in `prefix`. All weights are float32: for half precision,
+    use autocast.
 
     SpecAugment and layer drop never run, whatever the encoder's config.json says: both are in
     Hugging Face's forward, and `run_stages` calls the layers without it. That is our choice: no
@@ -88,6 +89,7 @@ class EmotionModel(nn.Module):
         normalise=True,
     ):
         super().__init__()
+        check_encoder(encoder.config)
         if padding not in ("paper", "exact"):
             raise ValueError(f'padding is "paper" or "exact", not {padding!r}')
         self.encoder = encoder
@@ -213,9 +215,9 @@ class EmotionModel(nn.Module):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
         On a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in
-        bfloat16, which is up to 46 % off. So under autocast, too, the LayerNorms here take float32:
-        `run_stages` gives the projection float32 features, and the .float() below does it for the
-        last one.
+        bfloat16. In one batch it was 46 % off, and of more frames it is more. So under autocast,
+        too, the LayerNorms here take float32: `run_stages` gives the projection float32 features,
+        and the .float() below does it for the last one.
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -248,6 +250,13 @@ class EmotionModel(nn.Module):
             else:
                 hidden = first_of(layers[stage - 1](hidden, **options))
         return hidden
+
+
+def check_encoder(config):
+    """ValueError where an encoder with this configuration is none that EmotionModel computes."""
+    odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
+    if odd or config.model_type not in FAMILIES:
+        raise ValueError(f"{odd or config.model_type}: not a plain one of {FAMILIES}")
 
 
 def check_batch(inputs, lengths):
@@ -424,9 +433,7 @@ def read_config(name):
     with blame(f"{name}{hint}"):
         require_version("transformers>=4.57")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **OVERRIDES)
-        odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
-        if odd or config.model_type not in FAMILIES:
-            raise ValueError(f"{odd or config.model_type}: not a plain one of {FAMILIES}")
+        check_encoder(config)
         if find_adapter_config_file(name):
             raise ValueError("it holds adapter_config.json: merge its adapter, else it is lost")
         return config
@@ -526,13 +533,14 @@ def explain_memory(advice):
 
 def predict(args):
     """Write FileName and each attribute, on the run's scale, of every file or window; of a corpus
-    the labels, too. A file that is unusable, that may not be read or that a corpus lacks is a line
-    on stderr, and status 1 at the end."""
+    the labels, too. What is left out is a line on stderr, and status 1 at the end: files that are
+    missing, unusable or may not be read, and utterances without usable labels."""
     import data  # Only the command needs it, and no part of what is copied.
 
     model = load_run(args.run, args.model).to(choose_device(args.device))
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
+    failed = False
     columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
     header = ["FileName"]
     if args.window:
@@ -542,15 +550,15 @@ def predict(args):
         header += [f"Emo{column}" for column in columns]
         split = args.split or "Test1"
         scale = args.scale or model.scale
+        utterances, problems = data.read_corpus(args.data, model.attributes, scale, [split])
+        failed = bool(problems)
         with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
-            utterances = data.load_corpus(
-                args.data, [split], model.attributes, scale, skip_bad=True
-            )
+            data.refuse(problems, skip_bad=True)
+        data.require(utterances, [split])
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows
         utterances = data.progress(utterances, "predict")
-    failed = False
     with open_csv(args.csv, header) as writer:
         for u in utterances:
             try:
@@ -590,11 +598,12 @@ def predict_file(model, u, window, hop):
 @contextlib.contextmanager
 def open_csv(path, header):
     """A csv.writer on a file or, without a path, on standard output. What stands in the file's
-    place is replaced only if it has the same header: a recording or a label file is not lost."""
+    place is replaced only if it is empty or has the same header: a recording or a label file is
+    not lost."""
     start = ",".join(header) + "\n"
     if path and os.path.isfile(path):  # and no pipe or device, which nothing can be lost from
         with open(path, errors="replace") as old:
-            if old.readline(len(start)) != start:
+            if old.readline(len(start)) not in (start, ""):  # "" is of an empty file
                 raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
     # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
     # once, so that one sees it before the next file's is computed.
@@ -637,10 +646,11 @@ def export(args):
         do_normalize=model.normalise,
         return_attention_mask=masked,
     )
+    card = describe(args, model, masked)
     with data.new_folder(args.out) as folder:
         exported.save_pretrained(folder)
         extractor.save_pretrained(folder)
-        Path(folder, "README.md").write_text(describe(args, model, masked))
+        Path(folder, "README.md").write_text(card)
 
 
 def describe(args, model, masked):
@@ -699,7 +709,7 @@ def main(argv=None):
     add = commands.add_parser("predict", help="for files, on the run's scale").add_argument
     add("run", help="a run folder of train.py")
     # Not nargs "*": with it, argparse takes no file where an option stands before the files.
-    files = add("audio", nargs="+", help="audio files, and folders of them")
+    files = add("audio", nargs="+", help="audio files, and folders of them (or --data)")
     files.required = False  # --data may stand instead.
     add("--csv", help="write here instead of the terminal")
     add("--window", type=float, help="predict for pieces of so many seconds")

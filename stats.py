@@ -4,7 +4,7 @@ A row of Table I is the mean ± sd over runs that differ in their seed only. An 
 which rows differ from full finetuning in fp32, and t-tests which cached rows from uncached ones.
 
     python stats.py runs --verbose --plot table1.png    # Table I, every p value; CCC against hours
-    python stats.py runs --memory 11 48                 # Table II: what fits in 11 and in 48 GB
+    python stats.py runs --memory 11 48                 # and Table II: what fits in 11 and in 48 GB
 """
 
 import argparse
@@ -100,7 +100,7 @@ def mark_family(reference, rows, attribute):
     lines = []
     for row in rows:
         p, difference, interval = compare(row[attribute], reference[attribute])
-        corrected = min(1.0, p * len(rows))  # Bonferroni: so many t-tests.
+        corrected = min(p * len(rows), 1.0)  # Bonferroni: so many t-tests. NaN stays NaN.
         row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
         line = {
             "row": row["name"],
@@ -259,12 +259,13 @@ def memory_table(rows, sizes):
         line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
         for size in sizes:
             fits = "✓" if peak else "?"
-            line[f"{size} GB"] = "✗" if size < peak or size <= row["failed_gb"] else fits
+            # A card has up to 1 % less memory than it is sold with.
+            line[f"{size} GB"] = "✗" if size < peak or size <= 1.01 * row["failed_gb"] else fits
         yield line
 
 
 def plot(rows, attributes, path):
-    """CCC against training hours, a panel an attribute. Bars are one sd over seeds."""
+    """CCC against training hours, a panel an attribute. Bars are one sd over seeds, if several."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -277,7 +278,7 @@ def plot(rows, attributes, path):
         panel = figure.add_subplot(len(attributes), 1, number)
         panel.set(xlabel="training time (h)", ylabel=f"{attribute} CCC")
         for row in rows:
-            if attribute in row and row["several"]:
+            if len(row.get(attribute, [])):
                 # Of "partial3 fp16 cached", 3 is the marker, and what follows has a colour. "full"
                 # and "lora" have no number, and F and L for markers.
                 method, kind = row["name"].split(" ", 1)
@@ -286,7 +287,7 @@ def plot(rows, attributes, path):
                 handles[row["name"]] = panel.errorbar(
                     row["train_seconds"].mean() / 3600,
                     row[attribute].mean(),
-                    row[attribute].std(ddof=1),
+                    row[attribute].std(ddof=1) if row["several"] else 0,
                     marker=f"${layers or method[0].upper()}$",
                     markersize=10,
                     color=colors[kind],
@@ -322,21 +323,24 @@ def main(argv=None):
     add("runs", nargs="+", help="folders searched for runs, two folders deep")
     add("--format", choices=("text", "csv"), default="text", help="how tables print (text)")
     add("--plot", metavar="FILE.png", help="also plot CCC against training time (matplotlib)")
-    add("--memory", nargs="+", type=int, metavar="GB", help="Table II for these cards (V-E)")
-    add("--verbose", action="store_true", help="every p value and its 95 %% interval (section V)")
+    add("--memory", nargs="+", type=int, metavar="GB", help="also Table II for these cards (V-E)")
+    add(
+        "--verbose",
+        action="store_true",
+        help="also every p value and its 95 %% interval (section V)",
+    )
     args = parser.parse_args(argv)
     folders = {folder for top in args.runs for folder in find_runs(top)}
     runs = [read_run(folder) for folder in sorted(folders)]
     refuse_mixture(runs)
     rows = group_rows(runs)
-    if args.memory:
-        show(memory_table(rows, args.memory), args.format)
-        return
     attributes = sorted({name for row in rows for name in row["attributes"].split("+")})
     tests = [line for attribute in attributes for line in mark_attribute(rows, attribute)]
     show(table_one(rows, attributes), args.format)
     if args.verbose:
         show(tests, args.format)
+    if args.memory:
+        show(memory_table(rows, args.memory), args.format)
     if args.plot:
         plot(rows, attributes, args.plot)
     if args.format == "text":

@@ -31,6 +31,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+# AdamW imports this, too. If a process group is there by then, default arguments of its functions
+# hold that. Then destroy_process_group leaves threads, which at times abort a process at its end.
+import torch.distributed.nn
 import transformers
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +64,6 @@ def fit(args, model, datasets, config):
     # float16 ends at 65,504 and at 6e-8. The scaler keeps gradients between: it multiplies the
     # loss, divides before the step, and leaves out a step with an infinity. bfloat16 needs none.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    # Without an earlier run, history is empty and best is None.
     history, best = start_run(args, config, model, optimizer, scaler)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -69,6 +72,8 @@ def fit(args, model, datasets, config):
         _, scores = evaluate(model, dev, args)
         line = {
             "epoch": epoch,
+            # Of AdamW since the start. The scaler leaves out some, and at first often several.
+            "steps": int(next(iter(optimizer.state.values()))["step"]),
             "loss": loss,
             "dev": scores,
             "train_seconds": middle - start,
@@ -450,10 +455,13 @@ def compare_run(args, config, ignored):
 
 
 def start_run(args, config, model, optimizer, scaler):
-    """Put all back as last.pt has it after the last finished epoch, if any -> history and best.
+    """Put all back as last.pt has it after the last finished epoch, if any -> history and best,
+    which are [] and None of a new run.
+
     Then, once all processes agree, begin in the run folder: remove an earlier result.json, and
     write config.json. Of a resumed run, best.pt and metrics.jsonl are written anew from last.pt.
-    ValueError where processes do not agree, or last.pt is not of this run."""
+    ValueError where processes do not agree, or last.pt is not of this run.
+    """
     history = []
     best = None
     if any(args.out.glob("*.pt")):
@@ -534,7 +542,7 @@ def write_predictions(args, utterances, predictions):
 
 def report_epoch(line, is_best, args):
     """Print what metrics.jsonl says of an epoch, and how long the remaining ones will take."""
-    text = f"epoch {line['epoch']}/{args.epochs}: loss {line['loss']:.4f},"
+    text = f"epoch {line['epoch']}/{args.epochs}, {line['steps']} steps: loss {line['loss']:.4f},"
     text += f" {args.splits[1]} {format_scores(line['dev'])}{' (best)' * is_best}"
     seconds = line["train_seconds"] + line["eval_seconds"]
     left = timedelta(seconds=round((args.epochs - line["epoch"]) * seconds))

@@ -49,6 +49,15 @@ def test_constant_is_finite(pred, target, dtype):
     assert pred.grad.isfinite().all()
 
 
+def test_far_from_zero():
+    """On a scale far from 0, too, equal constants give CCC 0, and float32 is as exact as near 0."""
+    constant = torch.full((32, 2), 703.7)
+    assert torch.equal(ccc(constant, constant), torch.zeros(2))
+    assert ccc(x + 4096, y + 4096).tolist() == pytest.approx(
+        ccc((x + 4096).double() - 4096, (y + 4096).double() - 4096).tolist(), abs=1e-6
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_nothing(dtype):
     """Loss and gradient are bitwise the same inside autocast; those of half precision predictions

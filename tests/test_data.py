@@ -498,8 +498,9 @@ def test_demo_is_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
     write_labels(tmp_path / "real", b"mine")
     with pytest.raises(FileExistsError, match="new folder"):
         data.main(["--demo", str(tmp_path / "real")])
-    monkeypatch.setattr(data, "write_encoder", lambda folder: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    full = soundfile.LibsndfileError(2, "No space left: ")
+    monkeypatch.setattr(data, "write_encoder", Mock(side_effect=full))
+    with pytest.raises(OSError, match="cannot write '.*next': No space left"):
         data.make_demo(tmp_path / "next")
     assert sorted(os.listdir(tmp_path)) == ["demo", "real"]
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ CASES = {  # batches of 7 and 5 of 12 utterances, and of 3 with up to three proc
 }
 # A run that fills its cache: of two processes, and of 11 Train utterances, the last is dropped.
 RUN = ["--cache", "CACHE", "--precision", "fp16", "--batch-size", 4, "--epochs", 2, "--seed", 1]
+
+
+# A script that calls train.main, and looks for threads of a process group that it leaves behind.
+MAIN = f"""
+import glob, sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import train
+train.main()
+names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+assert not any("gloo" in name for name in names), names
+"""
 
 
 class Recorder(torch.optim.SGD):
@@ -204,7 +216,8 @@ def test_processes_agree(n, out):
 def test_killed_and_resumed(out, encoder, cached, launch):
     """Of two processes, only the first writes and prints. After SIGKILL of the second no result is
     there; another number of processes is refused; --resume by torchrun goes on and ends bitwise as
-    undisturbed. The cache that both filled is what one fills."""
+    undisturbed, and leaves no thread that could abort a process's end. The cache that both filled
+    is what one fills."""
     whole, parts = out / "whole-0", out / "parts"
     assert not (out / "whole-1").exists() and not (parts / "result.json").exists()
     assert relative(read_cache(out / "cache"), read_cache(cached(3, "float16"))) == 0
@@ -213,7 +226,8 @@ def test_killed_and_resumed(out, encoder, cached, launch):
     line += ["--data", out / "corpus", "--resume"]
     with pytest.raises(ValueError, match="is of a run with processes 2, not 1"):
         launch(parts, *line)
-    line = [*TORCHRUN, 2, train.__file__, *line, "--model", encoder, "--out", parts]
+    line = [*TORCHRUN, 2, out / "main.py", *line, "--model", encoder, "--out", parts]
+    (out / "main.py").write_text(MAIN)
     # Another number of threads, which the user may have set, would round otherwise.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     resumed = subprocess.run(map(str, line), capture_output=True, text=True, check=False, env=env)

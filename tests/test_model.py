@@ -213,10 +213,12 @@ def test_lora():
 
 
 def test_wrong_words():
-    """What does not exist is refused by the class and by freeze: a padding, a method, a number of
-    layers, none for partial, and adapters on adapters."""
+    """What does not exist is refused by the class and by freeze: a padding, an encoder with parts
+    that are not run, a method, a number of layers, none for partial, and adapters on adapters."""
     with pytest.raises(ValueError, match="excat"):
         tiny_model("excat")
+    with pytest.raises(ValueError, match="add_adapter"):
+        models.EmotionModel(tiny_encoder(add_adapter=True))
     for method, layers in [("partal", 2), *(("partial", n) for n in (5, 0, None)), ("full", 3)]:
         with pytest.raises(ValueError, match=method):
             tiny_model("exact", method, layers)
@@ -771,7 +773,8 @@ def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):
 
 
 def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
-    """--csv replaces an earlier file of its own; a label file and a recording stay as they are."""
+    """--csv replaces an earlier file of its own or an empty one; a label file and a recording stay
+    as they are."""
     shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
     sound = min(tmp_path.glob("Audios/*.wav"))
     before = tree(tmp_path)
@@ -779,6 +782,7 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
         with pytest.raises(ValueError, match=path.name):
             predict(small, sound, "--csv", path)
     assert tree(tmp_path) == before
+    (tmp_path / "own.csv").touch()
     for _ in range(2):
         predict(small, sound, "--csv", tmp_path / "own.csv")
     assert len(read_csv(tmp_path / "own.csv")) == 1
@@ -786,7 +790,8 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
-    left out, and mapped where they are from 1 to 5. A line says which rows have no usable ones.
+    left out, and mapped where they are from 1 to 5. A line and status 1 tell of rows without usable
+    ones.
     ccc.py scores the file. --data with files, and its options without it, are refused."""
     expected = score(small, "--data", corpus, "--split", "Development")
     rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")
@@ -801,7 +806,9 @@ def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     lines.append("bad.wav,9,9,1,Test2")
     (tmp_path / "Labels/labels_consensus.csv").write_text("\n".join(lines))
     options = ["--data", tmp_path, "--split", "Test2", "--scale", 1, 5]
-    for row, other in zip(score(small, *options), expected, strict=True):
+    with pytest.raises(SystemExit, match="1"):
+        score(small, *options)
+    for row, other in zip(read_csv(tmp_path / "scores.csv"), expected, strict=True):
         assert row.pop("FileName") == other.pop("FileName") and row["Act"] == other["Act"]
         numbers = {key: float(value) for key, value in other.items()}
         assert {key: float(row[key]) for key in row} == pytest.approx(numbers, abs=1e-5)

@@ -37,7 +37,7 @@ def demo(corpus, encoder, launch, tmp_path_factory):
     shutil.copytree(encoder, root / "demo/corpus/encoder")
     launch(root / "demo/run", "--padding", "exact")
     (root / "recordings").mkdir()
-    rows = ["file,arousal,pleasure,speaker"]
+    rows = ["FileName,arousal,pleasure,speaker"]
     for i, path in enumerate(sorted(Path(corpus, "Audios").iterdir())):
         soundfile.write(root / f"recordings/{path.stem}.flac", *soundfile.read(path))
         rows.append(f"{path.stem}.flac,{1 + i % 5},{5 - i % 4},s{i % 10}")

@@ -490,7 +490,7 @@ def test_half_a_torchrun(key, value, refused, monkeypatch):
     """RANK without WORLD_SIZE, or the reverse, is refused: a share of the work would be missing."""
     monkeypatch.setenv(key, value)
     for line in (FILL, TRAIN):
-        refused(line, "set both, or neither")
+        refused(line, "set both, or neither; RANK counts from 0")
 
 
 def test_lock_that_is_a_link(world):

@@ -220,6 +220,7 @@ def test_two_epochs(precision, corpus, encoder, launch, tmp_path):
             scaler.update()
             losses.append(loss.item())
         assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+        assert line["steps"] == optimizer.state[model.head.bias]["step"]
         model.eval()
         order = sorted(range(8), key=lambda i: len(dev[i][0]) * (padding == "exact"))
         parts = [batch(dev, order[k : k + 3]) for k in (0, 3, 6)]
@@ -245,7 +246,7 @@ def check_run(folder, epochs=1):
     assert result.keys() == config.keys() | RESULT and not result["out_of_memory"]
     assert all(result[key] == config[key] for key in config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.keys() == {"epoch", "loss", "dev"} | SPENT for line in lines)
+    assert all(line.keys() == {"epoch", "steps", "loss", "dev"} | SPENT for line in lines)
     assert [line["epoch"] for line in lines] == [*range(1, epochs + 1)]
     assert lines[result["best_epoch"] - 1]["dev"] == result["dev"]
     for key in SPENT:
@@ -529,9 +530,8 @@ def test_console(launch, tmp_path, capsys):
     assert "; fp32 (as asked) on CPU, " in begin
     assert re.search(r"utterances: Train \d+, Development \d+, Test1 8; \d+ steps an epoch$", begin)
     scores = r"activation -?\d\.\d{4} valence -?\d\.\d{4}"
-    line = (
-        rf"epoch \d/2: loss \d\.\d{{4}}, Development {scores}( \(best\))?, [\d.]+ s, 0:00:\d\d left"
-    )
+    line = r"epoch \d/2, [36] steps: loss \d\.\d{4}, "
+    line += rf"Development {scores}( \(best\))?, [\d.]+ s, 0:00:\d\d left"
     assert re.fullmatch(line, first) and " (best)" in first and re.fullmatch(line, second)
     assert second.endswith(" 0:00:00 left") and re.match(rf"Test1 with epoch \d: {scores}", end)
 
