@@ -75,9 +75,10 @@ def fill(folder, fingerprint, items, process=0):
         if not shard:
             return
         names, hidden, audio_crcs = zip(*shard)
-        about = {"fingerprint": fingerprint, "names": names, "audio": audio_crcs}
-        # torch.load would refuse NumPy's strings. JSON gives back plain ones.
-        content = json.loads(json.dumps(about)) | {
+        content = {
+            "fingerprint": fingerprint,
+            "names": list(names),
+            "audio": list(audio_crcs),
             "frames": [len(states) for states in hidden],
             "checksums": [checksum(fingerprint, name, states) for name, states, _ in shard],
             "seconds": time.perf_counter() - began,  # also those in which `items` were computed
@@ -98,7 +99,7 @@ def take(items, dtype):
         if hidden.ndim != 2 or not (len(hidden) and total.isfinite()):
             reason = f"not (T, D), empty, NaN, or too great for {dtype} (--dtype float32)"
             raise ValueError(f"'{name}': {reason}")
-        yield name, hidden, audio_crc
+        yield str(name), hidden, audio_crc  # torch.load would refuse a string of NumPy's.
         size += hidden.nbytes
         if size >= SHARD_BYTES:
             return
@@ -146,8 +147,7 @@ def open_shard(path):
         columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
         shard["entries"] = {row[0]: Entry(path, *row) for row in zip(*columns, strict=True)}
         # An error, and so damage, if `frames` are not the lengths of all that it holds.
-        states = shard["hidden"].split(shard["frames"])
-        shard["states"] = dict(zip(shard["names"], states))
+        shard["states"] = dict(zip(shard["names"], shard["hidden"].split(shard["frames"])))
         if not (shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
             raise ValueError("not what `fill` writes")
     except OSError:
@@ -158,11 +158,11 @@ def open_shard(path):
 
 
 def read_entries(folder):
-    """What a folder holds -> {name: Entry}, the fingerprint of its shards (None without one), and
+    """What a folder holds -> {name: Entry}, the fingerprint of its shards ({} without one), and
     the seconds that filling took. ValueError if a shard is damaged or of another cache."""
     open_shard.cache_clear()  # What is in the folder may have changed.
     entries = {}
-    fingerprint = None
+    fingerprint = {}
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
     for path in sorted(Path(folder).glob("shard-*.pt")):
@@ -227,7 +227,7 @@ def lock(folder, name=".lock"):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            print(f"waiting for another process, which writes into '{folder}'", flush=True)
+            print(f"waiting for another process, which writes into '{folder}'")
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
             print(f"'{folder}' cannot be locked ({error.strerror}): use it from one process only")
@@ -248,7 +248,9 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
     cache may be read-only. Then with the lock held, as another run may have filled it.
     """
-    import data  # Only commands need it, and no part of what is copied.
+    # Only commands need these, and no part of what is copied.
+    import data
+    from model import explain_memory
 
     def load(utterance):
         """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
@@ -271,11 +273,12 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         fingerprint, missing = agree_with(folder, model, wanted, dtype)
         frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
-        print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB", flush=True)
+        print(f"'{folder}' lacks {len(missing):,} utterances, {size / 1e9:.3g} GB")
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
         recordings = data.read_ahead(load, missing, args.workers, "fill")
-        fill(folder, fingerprint, encode(model, recordings, args.device), process)
+        with explain_memory("leave out the longest recordings"):
+            fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
 
 def agree_with(folder, model, utterances, dtype):
@@ -292,23 +295,25 @@ def agree_with(folder, model, utterances, dtype):
     foreign = [path.name for path in seen if not path.match("shard-*")]
     if foreign and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
-    own = stored or {"dtype": "float16"}
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
     # after it: stages that are to be trained would be in the cache.
-    if own.get("cut") in range(1, model.cut):
-        model.cut = own["cut"]
+    if stored.get("cut") in range(1, model.cut):
+        model.cut = stored["cut"]
     fingerprint = {
         "encoder_sha256": model.encoder_sha256,
         "cut": model.cut,
-        "dtype": dtype or own["dtype"],
+        "dtype": dtype or stored.get("dtype", "float16"),
         "sample_rate": model.sample_rate,
         "normalise": model.normalise,
         "prefix_version": model.PREFIX_VERSION,
     }
     if stored and stored != fingerprint:
-        keys = [key for key in fingerprint if stored.get(key) != fingerprint[key]]
-        other = "; ".join(f"{key} {stored.get(key)}, not {fingerprint[key]}" for key in keys)
-        raise ValueError(f"'{folder}' was made with {other}: give another folder")
+        others = [
+            f"{key} {stored.get(key)}, not {value}"
+            for key, value in fingerprint.items()
+            if stored.get(key) != value
+        ]
+        raise ValueError(f"'{folder}' was made with {'; '.join(others)}: give another folder")
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 
@@ -381,8 +386,7 @@ def main(argv=None):
     model.encoder_sha256 = models.digest(encoder)
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
     utterances = data.load_corpus(args.data, args.splits, (), skip_bad=args.skip_bad)
-    with models.explain_memory("leave out the longest recordings"):
-        fill_missing(args.out, model, utterances, args, args.dtype)
+    fill_missing(args.out, model, utterances, args, args.dtype)
     entries, _, seconds = read_entries(args.out)
     print(f"'{args.out}': {len(entries):,} utterances, filled in {seconds:.0f} s")
 

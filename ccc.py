@@ -105,8 +105,9 @@ def shell(command):
     the traceback of an error: python -c "import train; train.main()" and the options.
     """
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's has none.
-        # stats.py prints †, which not every terminal can show.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # stats.py prints †, which not every terminal can show. And a log file or a pipe is to get
+        # each line at once, as a terminal does.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         try:
             command()

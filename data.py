@@ -55,10 +55,10 @@ def load_audio(source, sample_rate=16000, start=0.0, stop=None):
     whole = start == 0 and stop is None
     # Both helpers stand below, and judge whether the file is what it says.
     with open_sound(source, sample_rate, limited=whole) as (sound, file):
-        rate = sound.samplerate
         blocks = read_blocks(sound, file, start, stop)  # each (S, channels)
         wave = np.concatenate([block.mean(axis=1) for block in blocks])
-    return scipy.signal.resample_poly(wave, sample_rate, rate)  # It keeps float32.
+        # This keeps float32.
+        return scipy.signal.resample_poly(wave, sample_rate, sound.samplerate)
 
 
 class SpeechDataset:
@@ -82,7 +82,7 @@ class SpeechDataset:
 def collate(items):
     """Items of a dataset -> inputs zero-padded to the longest (B, S) or (B, T, D), lengths [int],
     targets (B, A). Lengths stay on the CPU, so that nothing waits for a GPU to tell them."""
-    inputs, targets = zip(*items, strict=True)
+    inputs, targets = zip(*items)
     return pad_sequence(inputs, batch_first=True), [len(x) for x in inputs], torch.stack(targets)
 
 
@@ -250,7 +250,7 @@ def refuse(problems, skip_bad):
     text = some(kinds, 9)
     if not skip_bad:
         raise ValueError(f"{text}; `python data.py ROOT` lists more, --skip-bad leaves them out")
-    print(f"skipped: {text}", flush=True)
+    print(f"skipped: {text}")
 
 
 def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
@@ -321,15 +321,14 @@ def find_audio(paths):
             continue
         for path in walk(top, fail):
             name = os.path.relpath(path, top)
-            suffix = Path(name).suffix
             hidden = "/." in f"/{name}"
             if hidden or not name.lower().endswith(SUFFIXES):
-                others[suffix or "without suffix"] += 1
+                others[Path(name).suffix or "without suffix"] += 1
             else:
                 found.append(Utterance(name if len(paths) == 1 else path, path))
     if others:
         kinds = [f"{n} {suffix}" for suffix, n in others.most_common()]
-        print(f"left out, hidden or no audio: {some(kinds, 9)}", file=sys.stderr, flush=True)
+        print(f"left out, hidden or no audio: {some(kinds, 9)}", file=sys.stderr)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
     return found
@@ -388,13 +387,13 @@ def without_tags(file):
     follows them, in memory. With such tags, libsndfile estimates a greater length of an MP3, and
     does not find every place in a FLAC."""
     begin = 0
-    file.seek(begin)
-    head = file.read(10)
-    while head.startswith(b"ID3"):
-        # The last four bytes of a tag's head have seven bits each of how many bytes follow it.
-        begin += 10 + sum(byte << bit for byte, bit in zip(head[6:], (21, 14, 7, 0)))
+    while True:
         file.seek(begin)
         head = file.read(10)
+        if not head.startswith(b"ID3"):
+            break
+        # The last four bytes of a tag's head have seven bits each of how many bytes follow it.
+        begin += 10 + sum(byte << bit for byte, bit in zip(head[6:], (21, 14, 7, 0)))
     file.seek(begin)
     return io.BytesIO(file.read()) if begin else file
 
@@ -551,15 +550,14 @@ def write_encoder(folder, width=64, channels=32):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill that becomes `path` at the end: whole, or not at all. OSError where there is
-    something already, except an empty folder, and where it cannot be filled."""
+    """The path of a folder to make, which becomes `path` at the end: whole, or not at all. OSError
+    where there is something already, except an empty folder, and where it cannot be filled."""
     path = Path(path)
     if path.exists() and os.listdir(path):
         raise FileExistsError(f"'{path}' is not empty: give the name of a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         made = Path(folder, "made")
-        made.mkdir()
         try:
             yield made
         except Exception as error:  # Of a full disk, soundfile and safetensors raise their own.
@@ -589,7 +587,7 @@ def print_splits(utterances, low, high):
         hours = sum(u.samples for u in part) / 16000 / 3600
         line = f"{split:12}{len(part):8,} utterances{hours:8.2f} h"
         values = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
-        for attribute, column in zip(PAPER, values.T, strict=True):
+        for attribute, column in zip(PAPER, values.T):
             line += f"  {attribute} {column.min():g} to {column.max():g}"
         print(line)
         greatest = np.nanmax(values, initial=greatest)  # Labels that are withheld are NaN.

@@ -44,6 +44,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.versions import require_version
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+PADDINGS = ("paper", "exact")  # See EmotionModel.
+METHODS = ("full", "partial", "lora")  # See `freeze`.
 
 
 class EmotionModel(nn.Module):
@@ -90,8 +92,8 @@ class EmotionModel(nn.Module):
     ):
         super().__init__()
         check_encoder(encoder.config)
-        if padding not in ("paper", "exact"):
-            raise ValueError(f'padding is "paper" or "exact", not {padding!r}')
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is one of {PADDINGS}, not {padding!r}")
         self.encoder = encoder
         self.attributes = tuple(attributes)
         self.padding = padding
@@ -341,8 +343,8 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     depth = len(transformer.layers)
     if layers is None and method != "partial":
         layers = depth
-    if method not in ("full", "partial", "lora"):
-        raise ValueError(f'method is "full", "partial" or "lora", not {method!r}')
+    if method not in METHODS:
+        raise ValueError(f"method is one of {METHODS}, not {method!r}")
     if layers not in range(1, depth + 1):
         raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible")
     if method == "full" and (layers < depth or freeze_embedding):
@@ -482,7 +484,7 @@ def build(encoder, audio, settings):
         encoder, settings["attributes"], settings["dropout"], settings["padding"], **audio
     )
     model.encoder_sha256 = digest(encoder)  # It is taken before adapters come into the encoder.
-    model.scale = [float(end) for end in settings["scale"]]
+    model.scale = settings["scale"]
     keys = ["method", "layers", "freeze_embedding", "rank", "alpha", "lora_dropout"]
     freeze(model, **{key: settings[key] for key in keys})
     return model
@@ -548,13 +550,13 @@ def predict(args):
     header += columns
     if args.data:
         header += [f"Emo{column}" for column in columns]
-        split = args.split or "Test1"
+        splits = [args.split or "Test1"]
         scale = args.scale or model.scale
-        utterances, problems = data.read_corpus(args.data, model.attributes, scale, [split])
+        utterances, problems = data.read_corpus(args.data, model.attributes, scale, splits)
         failed = bool(problems)
         with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
             data.refuse(problems, skip_bad=True)
-        data.require(utterances, [split])
+        data.require(utterances, splits)
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows
@@ -607,9 +609,15 @@ def open_csv(path, header):
                 raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
     # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
     # once, so that one sees it before the next file's is computed.
-    options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
     try:
-        with open(path or 1, "w", closefd=bool(path), **options) as file:  # 1: standard output
+        with open(
+            path or 1,  # 1: standard output
+            "w",
+            buffering=1,
+            encoding="utf-8",
+            errors="surrogateescape",
+            closefd=bool(path),
+        ) as file:
             file.write(start)
             yield csv.writer(file, lineterminator="\n")
     except OSError as error:
@@ -678,7 +686,7 @@ def params(args):
     config = read_config(args.model) if args.model else transformers.Wav2Vec2Config()
     with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
-    total = count_parameters(model.encoder.parameters())
+    total = model.encoder.num_parameters()
     counts = [n for n in (3, 2, 1) if n <= config.num_hidden_layers]
     rows = [("partial", n, frozen) for frozen in (False, True) for n in counts]
     # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
@@ -705,9 +713,12 @@ def choose_device(name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Predict with a run, export it, count parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    where = "the run's encoder, if no longer where it was"
     add = commands.add_parser("predict", help="for files, on the run's scale").add_argument
-    add("run", help="a run folder of train.py")
+    add_export = commands.add_parser("export", help="write a Hugging Face folder").add_argument
+    for either in (add, add_export):
+        either("run", help="a run folder of train.py")
+        either("--model", help="the run's encoder, if no longer where it was")
+    add_export("out", help="a new folder")
     # Not nargs "*": with it, argparse takes no file where an option stands before the files.
     files = add("audio", nargs="+", help="audio files, and folders of them (or --data)")
     files.required = False  # --data may stand instead.
@@ -718,11 +729,6 @@ def main(argv=None):
     add("--split", help="of --data (Test1)")
     add("--scale", nargs=2, type=float, help="of the labels of --data, if not the run's")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--model", help=where)
-    add = commands.add_parser("export", help="write a Hugging Face folder").add_argument
-    add("run", help="a run folder of train.py")
-    add("out", help="a new folder")
-    add("--model", help=where)
     add = commands.add_parser("params", help="count what each row of Table I trains").add_argument
     add("--model", help="another encoder than wav2vec2-base")
     args = parser.parse_args(argv)

@@ -93,16 +93,18 @@ def mark_attribute(rows, attribute):
 
 
 def mark_family(reference, rows, attribute):
-    """An ANOVA over a reference and the rows that are compared with it, and a t-test of each."""
+    """An ANOVA over a reference and the rows that are compared with it, and a t-test of each.
+
+    Yields a line {column: text} for each t-test, and fills row["marks"] meanwhile.
+    """
     if not rows:
-        return []
+        return
     p_anova = stats.f_oneway(reference[attribute], *(row[attribute] for row in rows)).pvalue
-    lines = []
     for row in rows:
         p, difference, interval = compare(row[attribute], reference[attribute])
         corrected = min(p * len(rows), 1.0)  # Bonferroni: so many t-tests. NaN stays NaN.
         row["marks"][attribute] = decide_mark(row["cached"], difference, corrected, p_anova)
-        line = {
+        yield {
             "row": row["name"],
             "attribute": attribute,
             "against": reference["name"],
@@ -112,8 +114,6 @@ def mark_family(reference, rows, attribute):
             "corrected": f"{corrected:.3g}",
             "ANOVA's p": f"{p_anova:.3g}",
         }
-        lines.append(line)
-    return lines
 
 
 def find_runs(top):

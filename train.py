@@ -53,7 +53,6 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 def fit(args, model, datasets, config):
     """Train, keep the best epoch, and score the test split once with it (section IV-D).
 
-    args : of parse_args
     datasets : {split: dataset}, as make_datasets returns, in the order of --splits
     config : {key: value}, what config.json is to say of the run (see describe_run)
     """
@@ -90,15 +89,37 @@ def fit(args, model, datasets, config):
                 "weights": {key: p.detach().to("cpu", copy=True) for key, p in parameters.items()},
                 "settings": identify(config),
             }
-        save_epoch(args, history, best, model, optimizer, scaler)
+        last = {
+            "history": history,
+            "best": best,
+            "weights": parameters,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        save_epoch(args, last)
         report_epoch(line, is_best, args)
-    model.load_state_dict(best["weights"], strict=False)
-    predictions, scores = evaluate(model, test, args)
+    score_test(args, model, test, config, history, best)
+
+
+def score_test(args, model, dataset, config, history, best):
+    """Score the test split with the best epoch's weights, and write predictions and result.json,
+    the last of all files, because it says that the run is finished."""
+    models.load_trained(model, best["weights"])
+    predictions, scores = evaluate(model, dataset, args)
+    result = {
+        "best_epoch": best["epoch"],
+        "dev": best["dev"],
+        "train_seconds": sum(line["train_seconds"] for line in history),
+        "eval_seconds": sum(line["eval_seconds"] for line in history),
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in history),
+        "out_of_memory": False,
+        "test": scores | {"n": len(dataset)},
+    }
     if RANK == 0:
-        write_predictions(args, test.utterances, predictions)
-        write_result(args, config, history, best, scores | {"n": len(test)})
+        write_predictions(args, dataset.utterances, predictions)
+        write_json(args, "result.json", config | result)
     text = f"{args.splits[2]} with epoch {best['epoch']}: {format_scores(scores)}"
-    print(f"{text}  ({args.out}/result.json)", flush=True)
+    print(f"{text}  ({args.out}/result.json)")
 
 
 def train_epoch(model, dataset, optimizer, scaler, args, epoch):
@@ -322,8 +343,7 @@ def run(args):
             f"{encoder.config.model_type}, {config['total_parameters']:,} parameters,"
             f" {config['trainable_parameters']:,} of them trained, cut {model.cut};"
             f" {args.precision} ({args.precision_reason}) on {config['device']};"
-            f" utterances: {sizes}; {steps:,} steps an epoch",
-            flush=True,
+            f" utterances: {sizes}; {steps:,} steps an epoch"
         )
         # A new one, because the result in this one, "out of memory", counts in Table II.
         advice = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
@@ -387,13 +407,12 @@ def make_datasets(args, model, utterances, config):
     that is too small.
     """
     if args.cached:
-        with models.explain_memory("leave out the longest recordings"):
-            cache.fill_missing(args.cache, model, utterances, args)
+        cache.fill_missing(args.cache, model, utterances, args)
         exchange("filled")  # All processes wait here until the cache is filled.
         entries, fingerprint, seconds = cache.read_entries(args.cache)
         utterances = [u for u in utterances if u.name in entries]
-    data.require(utterances, args.splits, least=2)
-    data.require(utterances, args.splits[:1], PROCESSES)  # so that each has a share of a batch
+    # A CCC needs two utterances, and each process a share of every batch of training.
+    data.require(utterances, args.splits, max(2, PROCESSES))
     if args.cached:
         config |= {
             "cache": "cut {cut}, {dtype}".format(**fingerprint),
@@ -468,59 +487,36 @@ def start_run(args, config, model, optimizer, scaler):
         with models.blame(args.out / "last.pt") as path:
             last = torch.load(path, map_location="cpu", weights_only=True)
             best = last["best"]
-            # Only to see now that the best epoch's weights fit: the next line replaces them.
-            models.load_trained(model, best["weights"])
-            models.load_trained(model, last["weights"])
             if best["settings"] != identify(config):
                 raise ValueError("it is of another run, or of an older version")
+            models.load_trained(model, last["weights"])
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
             history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
     # Here all wait until each process has read what it needs of the run folder. And on separate
     # disks they may have read different files.
-    mine = json.dumps([identify(config), len(history)])
-    if set(exchange(mine)) != {mine}:
+    mine = [identify(config), len(history)]
+    if exchange(mine) != [mine] * PROCESSES:
         raise ValueError("processes differ in arguments, corpus, cache, or the epoch to resume at")
     if RANK == 0:
         (args.out / "result.json").unlink(missing_ok=True)  # of fewer epochs, or out of memory
         write_json(args, "config.json", config)
     if history:
         # The run may have been killed after it wrote last.pt, and before what is made from it.
-        save_epoch(args, history, best, model, optimizer, scaler)
+        save_epoch(args, last)
     return history, best
 
 
-def save_epoch(args, history, best, model, optimizer, scaler):
+def save_epoch(args, last):
     """Write last.pt, all that the next epoch depends on, and then what is made from it: best.pt and
     metrics.jsonl."""
     if RANK > 0:
         return
-    last = {
-        "history": history,
-        "best": best,
-        "weights": models.trainable(model),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    for name, content in (("last.pt", last), ("best.pt", best)):
+    for name, content in (("last.pt", last), ("best.pt", last["best"])):
         with cache.atomic(args.out / name) as file:
             torch.save(content, file)
     with cache.atomic(args.out / "metrics.jsonl", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in history)
-
-
-def write_result(args, config, history, best, scores):
-    """result.json, the last of all files, because it says that the run is finished."""
-    result = {
-        "best_epoch": best["epoch"],
-        "dev": best["dev"],
-        "train_seconds": sum(line["train_seconds"] for line in history),
-        "eval_seconds": sum(line["eval_seconds"] for line in history),
-        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in history),
-        "out_of_memory": False,
-        "test": scores,
-    }
-    write_json(args, "result.json", config | result)
+        file.writelines(json.dumps(line) + "\n" for line in last["history"])
 
 
 def write_json(args, name, content):
@@ -546,7 +542,7 @@ def report_epoch(line, is_best, args):
     text += f" {args.splits[1]} {format_scores(line['dev'])}{' (best)' * is_best}"
     seconds = line["train_seconds"] + line["eval_seconds"]
     left = timedelta(seconds=round((args.epochs - line["epoch"]) * seconds))
-    print(f"{text}, {seconds:.1f} s, {left} left", flush=True)
+    print(f"{text}, {seconds:.1f} s, {left} left")
 
 
 def format_scores(scores):
@@ -610,8 +606,8 @@ def parse_args(argv):
     add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
     add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
     flag("--skip-bad", help="go on without utterances that cannot be used")
-    names = ("full", "partial", "lora")
-    add("--method", default="partial", choices=names, help="what is trained (%(default)s, IV-B)")
+    text = "what is trained (%(default)s, IV-B)"
+    add("--method", default="partial", choices=models.METHODS, help=text)
     number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
     number("--rank", 8, "lora: rank of the update (%(default)s)")
     number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 1e-9)
@@ -621,9 +617,8 @@ def parse_args(argv):
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
     flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
-    names = ("paper", "exact")
     text = "paper: the mean is over padding, too; exact: as if alone (default: %(default)s)"
-    add("--padding", default="paper", choices=names, help=text)
+    add("--padding", default="paper", choices=models.PADDINGS, help=text)
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
     flag("--recompute", help="compute activations twice, keep few (II-D)")
