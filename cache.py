@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections import Counter
@@ -165,12 +166,15 @@ def read_entries(folder):
     fingerprint = {}
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
-    for path in sorted(Path(folder).glob("shard-*.pt")):
+    # Runs that filled a folder side by side may have stored an utterance twice. Then the shard with
+    # the first name counts, which is the last of this loop. So what a run of one process has filled
+    # stays what it is, whatever others add.
+    for path in sorted(Path(folder).glob("shard-*.pt"), reverse=True):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
         if shard["fingerprint"] != fingerprint:
             raise ValueError(
-                f"'{path}' is of another cache than the shards before it: delete it, or them"
+                f"'{path}' is of another cache than the shards after it: delete it, or them"
             )
         entries |= shard["entries"]
         process = path.name.split("-")[1]
@@ -227,10 +231,12 @@ def lock(folder, name=".lock"):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            print(f"waiting for another process, which writes into '{folder}'")
+            note = f"waiting for another process, which writes into '{folder}'"
+            print(note, file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
-            print(f"'{folder}' cannot be locked ({error.strerror}): use it from one process only")
+            note = f"'{folder}' cannot be locked ({error.strerror}): use it from one process only"
+            print(note, file=sys.stderr)
         yield
 
 

@@ -554,8 +554,7 @@ def predict(args):
         scale = args.scale or model.scale
         utterances, problems = data.read_corpus(args.data, model.attributes, scale, splits)
         failed = bool(problems)
-        with contextlib.redirect_stdout(sys.stderr):  # The CSV may go to stdout.
-            data.refuse(problems, skip_bad=True)
+        data.refuse(problems, skip_bad=True)
         data.require(utterances, splits)
     else:
         utterances = data.find_audio(args.audio)

@@ -331,6 +331,7 @@ def run(args):
         # This word in config.json is about the recordings.
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():
+        exchange("locked")  # All wait here until process 0 has the lock.
         if compare_run(args, config, [*MAY_DIFFER, "cache", "cache_contents"]):
             print(f"'{args.out}' is finished")
             return
@@ -495,7 +496,7 @@ def start_run(args, config, model, optimizer, scaler):
             history = [dict(line) for line in last["history"]]  # An error, if a line is no dict.
     # Here all wait until each process has read what it needs of the run folder. And on separate
     # disks they may have read different files.
-    mine = [identify(config), len(history)]
+    mine = [identify(config), args.epochs, len(history)]
     if exchange(mine) != [mine] * PROCESSES:
         raise ValueError("processes differ in arguments, corpus, cache, or the epoch to resume at")
     if RANK == 0:

@@ -230,12 +230,21 @@ def test_seconds_of_a_fill(tmp_path, monkeypatch):
     assert cache.read_entries(tmp_path)[2] == 3
 
 
+def test_twice_in_a_folder(tmp_path, monkeypatch):
+    """Of an utterance that two processes, or two runs, have stored, the first shard's counts, so
+    that what a later one adds changes nothing."""
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
+    for number, process in enumerate((1, 0, 0, 2)):
+        cache.fill(tmp_path, SINGLE, [("a", torch.full((2, 4), float(number)), None)], process)
+    assert read_cache(tmp_path)["a"].unique().tolist() == [1]
+
+
 def test_unlocked_and_full_disks(tmp_path, monkeypatch, capsys):
     """A file system without locks is used with a note. What torch.save says of a full disk becomes
     an OSError that names the file."""
     monkeypatch.setattr(cache.fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     with cache.lock(tmp_path / "a"):
-        assert "cannot be locked (No locks available)" in capsys.readouterr().out
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
     with (
         pytest.raises(OSError, match="cannot write '.*a/x': is the disk full"),
         cache.atomic(tmp_path / "a" / "x"),
@@ -327,7 +336,7 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
     (folder / "shard-0-00000.pt.0.tmp").write_text("half")
     before = (tmp_path / "other" / "shard-0-00000.pt").read_bytes()
     fill(folder, *FLOAT32)
-    assert capsys.readouterr().out.count("waiting for another process") == 1
+    assert capsys.readouterr().err.count("waiting for another process") == 1
     assert (folder / "shard-0-00000.pt").read_bytes() == before
     names = [torch.load(path)["names"] for path in sorted(folder.glob("shard-*"))]
     assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])
@@ -400,7 +409,7 @@ def test_a_foreign_cache_is_refused(key, fill, launch, cached, tmp_path):
         assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     assert tree(folder) == before
     shutil.copy(next(Path(cached(3)).glob("shard-*")), folder / "shard-1-00000.pt")
-    with pytest.raises(ValueError, match="shard-1-00000.pt' is of another cache"):
+    with pytest.raises(ValueError, match="shard-0-00000.pt' is of another cache"):
         fill(folder, *FLOAT32)
 
 

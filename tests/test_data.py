@@ -217,11 +217,11 @@ def test_one_list_of_problems(tmp_path, capsys):
     with pytest.raises(ValueError, match="^1 label .*skip-bad.*$"):
         data.load_corpus(tmp_path, ["Train"])
     labelled = data.load_corpus(tmp_path, ["Train"], skip_bad=True)
-    assert capsys.readouterr().out.startswith("skipped: 1 label")
+    assert capsys.readouterr().err.startswith("skipped: 1 label")
     with pytest.raises(ValueError, match="^5 dama.*and 2 more.*skip-bad.*$"):
         data.usable(labelled)
     good = data.usable(labelled, skip_bad=True)
-    assert capsys.readouterr().out.startswith("skipped: 5 damaged")
+    assert capsys.readouterr().err.startswith("skipped: 5 damaged")
     assert [u.name for u in good] == ["6.wav", "7.wav"] and good[0].samples == 1600
     data.require(good, ["Train"])
     with pytest.raises(

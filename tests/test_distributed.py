@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fork, read_cache, read_csv, relative, state
 
+import cache
 import model as models
 import train
 
@@ -126,6 +128,17 @@ def work(corpus, encoder, cached, out):
     torch.save(found, f"{out}/of-{train.PROCESSES}-{train.RANK}.pt")
     if train.PROCESSES == 2:
         go(corpus, encoder, f"{out}/cache", f"{out}/whole-{train.RANK}", *RUN)
+        # The same line again, while another run holds the folder, and finishes meanwhile.
+        lock = cache.lock
+
+        def lock_late(folder):
+            time.sleep(0.5)  # The other process must not look into the folder before that.
+            shutil.copytree(f"{out}/whole-0", folder)
+            return lock(folder)
+
+        cache.lock = lock_late
+        go(corpus, encoder, f"{out}/cache", f"{out}/again", *RUN, "--resume")
+        cache.lock = lock
         train_epoch = train.train_epoch
 
         def die(*args):
@@ -217,7 +230,7 @@ def test_killed_and_resumed(out, encoder, cached, launch):
     """Of two processes, only the first writes and prints. After SIGKILL of the second no result is
     there; another number of processes is refused; --resume by torchrun goes on and ends bitwise as
     undisturbed, and leaves no thread that could abort a process's end. The cache that both filled
-    is what one fills."""
+    is what one fills. A run that another one finished meanwhile is left alone by both."""
     whole, parts = out / "whole-0", out / "parts"
     assert not (out / "whole-1").exists() and not (parts / "result.json").exists()
     assert relative(read_cache(out / "cache"), read_cache(cached(3, "float16"))) == 0
@@ -234,7 +247,7 @@ def test_killed_and_resumed(out, encoder, cached, launch):
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 1/2" not in resumed.stdout and resumed.stdout.count("epoch 2/2") == 1
     assert resumed.stdout.count("Test1 with epoch") == 1 == resumed.stdout.count("steps an epoch")
-    assert state(parts) == state(whole)
+    assert state(parts) == state(whole) == state(out / "again")
 
 
 def test_demo_of_several_processes_is_refused(monkeypatch):

@@ -252,9 +252,9 @@ def test_skip_bad(refused, capsys):
     refused(TRAIN + LATE, "u03.wav")
     for line in (FILL, f"{TRAIN} --out x --cache new", f"{TRAIN} --out y"):
         call(f"{line} --skip-bad")
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
         # What only lacks what is left out is full: the second line fills nothing.
-        assert "skipped: 1 shorter" in out and "1 missing audio" in out
+        assert "skipped: 1 shorter" in err and "1 missing audio" in err
         assert ("lacks" in out) == (line == FILL)
     ran = [json.loads(Path(out, "result.json").read_text()) for out in "xy"]
     assert ran[0]["corpus"] == ran[1]["corpus"] and ran[0]["labels"] == ran[1]["labels"]

@@ -569,6 +569,7 @@ def test_too_small_splits(launch, corpus, encoder, other_corpus, tmp_path, monke
     with pytest.raises(ValueError, match="'Development' has 1 usable utterances"):
         launch(tmp_path / "run", "--data", root)
     monkeypatch.setattr(train, "PROCESSES", 13)
+    monkeypatch.setattr(train, "together", lambda *_: None)
     line = f"--data {corpus} --model {encoder} --out {tmp_path} --batch-size 13 --device cpu"
     with pytest.raises(ValueError, match="'Train' has 12 usable utterances, and needs 13"):
         train.run(train.parse_args(line.split()))
