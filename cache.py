@@ -167,8 +167,8 @@ def read_entries(folder):
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
     # Runs that filled a folder side by side may have stored an utterance twice. Then the shard with
-    # the first name counts, which is the last of this loop. So what a run of one process has filled
-    # stays what it is, whatever others add.
+    # the first name counts, so it comes last here, after the others. What a run of one process has
+    # filled then stays what it is, whatever others add.
     for path in sorted(Path(folder).glob("shard-*.pt"), reverse=True):
         shard = open_shard(path)
         fingerprint = fingerprint or shard["fingerprint"]
@@ -256,7 +256,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     """
     # Only commands need these, and no part of what is copied.
     import data
-    from model import explain_memory
+    import model as models
 
     def load(utterance):
         """(name, wave, CRC-32): the file is read once, so the CRC is of the very bytes decoded."""
@@ -283,7 +283,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
         recordings = data.read_ahead(load, missing, args.workers, "fill")
-        with explain_memory("leave out the longest recordings"):
+        with models.explain_memory("leave out the longest recordings"):
             fill(folder, fingerprint, encode(model, recordings, args.device), process)
 
 

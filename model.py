@@ -217,7 +217,7 @@ class EmotionModel(nn.Module):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
         On a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in
-        bfloat16. In one batch it was 46 % off, and of more frames it is more. So under autocast,
+        bfloat16. In one batch it was 46 % off, and with more frames it is more. So under autocast,
         too, the LayerNorms here take float32: `run_stages` gives the projection float32 features,
         and the .float() below does it for the last one.
         """
@@ -255,7 +255,8 @@ class EmotionModel(nn.Module):
 
 
 def check_encoder(config):
-    """ValueError where an encoder with this configuration is none that EmotionModel computes."""
+    """ValueError where an encoder of this configuration has parts that EmotionModel does not run,
+    or is of another family."""
     odd = [key for key in ("add_adapter", "conv_pos_batch_norm") if getattr(config, key, False)]
     if odd or config.model_type not in FAMILIES:
         raise ValueError(f"{odd or config.model_type}: not a plain one of {FAMILIES}")

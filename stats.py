@@ -259,7 +259,7 @@ def memory_table(rows, sizes):
         line = {"row": row["name"], "peak GB": f"{peak:.2f}" if peak else ""}
         for size in sizes:
             fits = "✓" if peak else "?"
-            # A card has up to 1 % less memory than it is sold with.
+            # 1 %, as a card may report a little less memory than it is sold with.
             line[f"{size} GB"] = "✗" if size < peak or size <= 1.01 * row["failed_gb"] else fits
         yield line
 
@@ -324,11 +324,7 @@ def main(argv=None):
     add("--format", choices=("text", "csv"), default="text", help="how tables print (text)")
     add("--plot", metavar="FILE.png", help="also plot CCC against training time (matplotlib)")
     add("--memory", nargs="+", type=int, metavar="GB", help="also Table II for these cards (V-E)")
-    add(
-        "--verbose",
-        action="store_true",
-        help="also every p value and its 95 %% interval (section V)",
-    )
+    add("--verbose", action="store_true", help="also every p value, and its 95 %% interval (V)")
     args = parser.parse_args(argv)
     folders = {folder for top in args.runs for folder in find_runs(top)}
     runs = [read_run(folder) for folder in sorted(folders)]

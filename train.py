@@ -71,7 +71,7 @@ def fit(args, model, datasets, config):
         _, scores = evaluate(model, dev, args)
         line = {
             "epoch": epoch,
-            # Of AdamW since the start. The scaler leaves out some, and at first often several.
+            # AdamW has taken so many by now. The scaler leaves out some, at first often several.
             "steps": int(next(iter(optimizer.state.values()))["step"]),
             "loss": loss,
             "dev": scores,
@@ -104,7 +104,7 @@ def fit(args, model, datasets, config):
 def score_test(args, model, dataset, config, history, best):
     """Score the test split with the best epoch's weights, and write predictions and result.json,
     the last of all files, because it says that the run is finished."""
-    models.load_trained(model, best["weights"])
+    model.load_state_dict(best["weights"], strict=False)
     predictions, scores = evaluate(model, dataset, args)
     result = {
         "best_epoch": best["epoch"],
@@ -414,7 +414,7 @@ def make_datasets(args, model, utterances, config):
         utterances = [u for u in utterances if u.name in entries]
     # A CCC needs two utterances, and each process a share of every batch of training.
     data.require(utterances, args.splits, max(2, PROCESSES))
-    if args.cached:
+    if args.cached:  # and, as is known now, the cache is not empty
         config |= {
             "cache": "cut {cut}, {dtype}".format(**fingerprint),
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),

@@ -791,8 +791,7 @@ def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):
     """--data and --split write the labels on the run's scale, 1 to 7: as they are where --scale is
     left out, and mapped where they are from 1 to 5. A line and status 1 tell of rows without usable
-    ones.
-    ccc.py scores the file. --data with files, and its options without it, are refused."""
+    ones. ccc.py scores the file. --data with files, and its options without it, are refused."""
     expected = score(small, "--data", corpus, "--split", "Development")
     rows = read_csv(f"{corpus}/Labels/labels_consensus.csv")
     rows = [row for row in rows if row["Split_Set"] == "Development"]
