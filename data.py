@@ -50,11 +50,11 @@ class Utterance(NamedTuple):
 
 def load_audio(source, sample_rate=16000, start=0.0, stop=None):
     """Sound of a path, or of an open binary file -> mono float32 (S,) at `sample_rate`.
-    With `start` or `stop`, in seconds, only that piece of a recording of any length.
+    With `start` or `stop`, in seconds, only that piece of it. Whatever is asked for is in memory at
+    once: `measure` tells before how long a recording is.
     ValueError "name: reason; remedy" where a file cannot be used, OSError where not opened."""
-    whole = start == 0 and stop is None
     # Both helpers stand below, and judge whether the file is what it says.
-    with open_sound(source, sample_rate, limited=whole) as (sound, file):
+    with open_sound(source) as (sound, file):
         blocks = read_blocks(sound, file, start, stop)  # each (S, channels)
         wave = np.concatenate([block.mean(axis=1) for block in blocks])
         # This keeps float32.
@@ -358,7 +358,7 @@ LENGTH = (
 
 
 @contextmanager
-def open_sound(source, sample_rate, limited):
+def open_sound(source):
     """A path or an open binary file -> (SoundFile whose header is fit for use, the open file that
     it reads). Every ValueError while it is open gets the file's name."""
     is_path = isinstance(source, (str, os.PathLike))
@@ -371,7 +371,7 @@ def open_sound(source, sample_rate, limited):
             content = without_tags(file)
             handle = file.fileno() if is_path and content is file else content
             with soundfile.SoundFile(handle, closefd=False) as sound:
-                judge_header(sound, sample_rate, limited)
+                judge_header(sound)
                 yield sound, content
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
             # soundfile raises a TypeError for an open file whose name ends in .raw. And some
@@ -399,7 +399,7 @@ def without_tags(file):
     return io.BytesIO(file.read()) if begin else file
 
 
-def judge_header(sound, sample_rate, limited):
+def judge_header(sound):
     """ValueError "reason; remedy" where a header, or what libsndfile noted about it, tells that
     the sound cannot be used."""
     rate = sound.samplerate
@@ -415,12 +415,6 @@ def judge_header(sound, sample_rate, limited):
         or re.search(DEFECTS, sound.extra_info)
     ):
         raise ValueError(LENGTH)
-    if sound.frames * sample_rate < MIN_SAMPLES * rate:
-        raise ValueError(f"shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms; leave it out")
-    if limited and sound.frames > MAX_SECONDS * rate:
-        raise ValueError(
-            f"longer than {MAX_SECONDS} s; cut it, or read pieces (`model.py predict --window`)"
-        )
 
 
 def read_blocks(sound, file, start=0.0, stop=None):
@@ -462,12 +456,20 @@ def read_blocks(sound, file, start=0.0, stop=None):
 
 def measure(path, sample_rate=16000, limited=True):
     """A file's number of samples at `sample_rate`. PCM or ADPCM in WAV is judged by its header and
-    size, which takes .1 ms; anything else is decoded."""
-    with open_sound(path, sample_rate, limited) as (sound, file):
+    size, which takes .1 ms; anything else is decoded. ValueError where it is too short for a model
+    or, if `limited`, too long."""
+    with open_sound(path) as (sound, file):
         samples = sound.frames
+        rate = sound.samplerate
+        if samples * sample_rate < MIN_SAMPLES * rate:
+            raise ValueError(f"shorter than {1000 * MIN_SAMPLES / sample_rate:g} ms; leave it out")
+        if limited and samples > MAX_SECONDS * rate:
+            raise ValueError(
+                f"longer than {MAX_SECONDS} s; cut it, or read pieces (`model.py predict --window`)"
+            )
         if "WAV" not in sound.format or "PCM" not in sound.subtype:
             samples = sum(map(len, read_blocks(sound, file)))
-        return math.ceil(samples * sample_rate / sound.samplerate)
+        return math.ceil(samples * sample_rate / rate)
 
 
 def is_constant(wave):

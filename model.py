@@ -579,9 +579,9 @@ def predict_file(model, u, window, hop):
     import data
 
     low, high = model.scale
+    seconds = data.measure(u.path, model.sample_rate, limited=not window) / model.sample_rate
     pieces = [()]  # the whole
     if window:
-        seconds = data.measure(u.path, model.sample_rate, limited=False) / model.sample_rate
         # Another window begins while over .1 s lies after the end of the last. It may be shorter.
         count = 1 + max(0, math.ceil((seconds - window - 0.1) / hop))
         pieces = [(k * hop, min(k * hop + window, seconds)) for k in range(count)]

@@ -44,14 +44,19 @@ def write_labels(root, content):
 
 
 def check_file(path, sample_rate=16000):
-    """Samples of one file, or what is wrong with it, as check_audio and load_audio both say."""
+    """Samples of one file, or what is wrong with it, as check_audio and load_audio both say. Only
+    its length is no concern of load_audio."""
     good, problems = data.check_audio([data.Utterance(path.name, str(path))], sample_rate)
     if good:
         assert len(data.load_audio(path, sample_rate)) == good[0].samples
         return good[0].samples
-    with pytest.raises(ValueError, match="; ") as error:  # a remedy stands behind it
-        data.load_audio(path, sample_rate)
     (kind,) = problems
+    assert "; " in kind  # a remedy stands behind it
+    if kind.startswith(("shorter than", "longer than")):
+        assert len(data.load_audio(path, sample_rate))
+        return kind
+    with pytest.raises(ValueError) as error:
+        data.load_audio(path, sample_rate)
     assert str(error.value) == f"{str(path)!r}: {kind}"
     return kind
 
@@ -299,8 +304,8 @@ def test_sample_count(rate, tmp_path):
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
 def test_pieces_of_a_long_recording(kind, tmp_path):
-    """Of a recording of 130 s, which is too long to be read whole, a piece is that part of it, from
-    its first sample on."""
+    """Of a recording of 130 s, which is too long for a corpus, a piece is that part of it, from its
+    first sample on."""
     soundfile.write(tmp_path / "x", np.resize(NOISE, 130 * 8000), 8000, format=kind)
     whole, _ = soundfile.read(tmp_path / "x", dtype="float32")
     assert check_file(tmp_path / "x").startswith("longer than 60 s; ")
