@@ -43,7 +43,8 @@ class Utterance(NamedTuple):
     path: str
     split: str = ""
     # A floats, on 0 to 1 for the ends of the scale (section III), as are targets and predictions.
-    # Only files and the screen have numbers on the scale itself. NaN in Test3.
+    # Only files and the screen have numbers on the scale itself. In Test3 whatever stands there,
+    # NaN for nothing.
     labels: tuple = ()
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
@@ -126,14 +127,12 @@ def find(root, names):
 
 
 def to_unit(cell, low, high):
-    """A label from low to high -> 0 to 1; NaN if it is none."""
+    """A label -> 0 to 1 for low to high, and so beyond 0 to 1 for one that is beyond them; NaN if
+    it is no number. It is rounded first, as a mean of ratings may be 7.000000000000001."""
     try:
-        unit = (float(cell) - low) / (high - low)
-        if -1e-9 < unit < 1 + 1e-9:  # A mean of ratings may be rounded to 7.000000000000001.
-            return min(max(unit, 0.0), 1.0)
+        return (round(float(cell), 9) - low) / (high - low)
     except ValueError:
-        pass  # It is no number.
-    return math.nan
+        return math.nan
 
 
 def read_table(path, columns=()):
@@ -188,7 +187,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
             continue
         elif "/" in name or "\0" in name or len(name) > 255:  # ../other.wav
             kind = "not the plain name of a file"
-        elif split != "Test3" and math.isnan(sum(labels)):
+        elif split != "Test3" and not all(0 <= unit <= 1 for unit in labels):
             kind = f"label missing or not from {low:g} to {high:g} (--scale)"
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
