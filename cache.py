@@ -269,7 +269,8 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     # A share is by position in the corpus. By position in what is missing, shares would shift as
     # other processes fill, and an utterance could be in none.
     _, missing = agree_with(folder, model, utterances[process::processes], dtype)
-    wanted = data.usable(missing, model.sample_rate, args.skip_bad)  # It sets their `samples`, too.
+    found = data.check_audio(missing, model.sample_rate)  # It sets their `samples`, too.
+    wanted = data.usable(found, args.skip_bad)
     if not wanted:
         return
     # In another run's fill, the process of the same number writes shards of the same names.
@@ -391,7 +392,9 @@ def main(argv=None):
     model = models.EmotionModel(encoder, **audio)
     model.encoder_sha256 = models.digest(encoder)
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
-    utterances = data.load_corpus(args.data, args.splits, (), skip_bad=args.skip_bad)
+    # Labels are of no interest here.
+    found = data.read_corpus(args.data, attributes=(), splits=args.splits)
+    utterances = data.usable(found, args.skip_bad, args.splits)
     fill_missing(args.out, model, utterances, args, args.dtype)
     entries, _, seconds = read_entries(args.out)
     print(f"'{args.out}': {len(entries):,} utterances, filled in {seconds:.0f} s")

@@ -241,34 +241,21 @@ def some(items, most=3, between=", "):
     return between.join(shown)
 
 
-def refuse(problems, skip_bad):
-    """If there are problems: ValueError of one line, or with `skip_bad` a line on stderr. (Of
-    several processes, stdout is the first one's only, but each may find other problems.)"""
-    if not problems:
-        return
-    kinds = [f"{len(places)} {kind} ({some(places)})" for kind, places in problems.items()]
-    text = some(kinds, 9)
-    if not skip_bad:
-        raise ValueError(f"{text}; `python data.py ROOT` lists more, --skip-bad leaves them out")
-    print(f"skipped: {text}", file=sys.stderr)
-
-
-def load_corpus(root, splits, attributes=PAPER, scale=SCALE, skip_bad=False):
-    """The utterances of some splits of a corpus whose labels can be used. Whether their audio can,
-    `usable` tells. ValueError for a split without any and, unless `skip_bad`, where one cannot be
-    used; else a line on stderr tells of it."""
-    utterances, problems = read_corpus(root, attributes, scale, splits)
-    refuse(problems, skip_bad)
+def usable(found, skip_bad=False, splits=()):
+    """The utterances of what read_corpus or check_audio found, (utterances, problems). If there are
+    problems: ValueError of one line, or with `skip_bad` a line on stderr. (Of several processes,
+    stdout is the first one's only, but each may find other problems.) ValueError, too, where one of
+    `splits` has no utterance."""
+    utterances, problems = found
+    if problems:
+        kinds = [f"{len(places)} {kind} ({some(places)})" for kind, places in problems.items()]
+        text = some(kinds, 9)
+        if not skip_bad:
+            remedy = "`python data.py ROOT` lists more, --skip-bad leaves them out"
+            raise ValueError(f"{text}; {remedy}")
+        print(f"skipped: {text}", file=sys.stderr)
     require(utterances, splits)
     return utterances
-
-
-def usable(utterances, sample_rate=16000, skip_bad=False):
-    """The utterances whose audio can be used, with their numbers of samples. Unless `skip_bad`,
-    ValueError where one cannot; else a line on stderr tells of it."""
-    good, problems = check_audio(utterances, sample_rate)
-    refuse(problems, skip_bad)
-    return good
 
 
 def require(utterances, splits, least=1):

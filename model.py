@@ -553,10 +553,10 @@ def predict(args):
         header += [f"Emo{column}" for column in columns]
         splits = [args.split or "Test1"]
         scale = args.scale or model.scale
-        utterances, problems = data.read_corpus(args.data, model.attributes, scale, splits)
+        found = data.read_corpus(args.data, model.attributes, scale, splits)
+        utterances = data.usable(found, True, splits)
+        _, problems = found
         failed = bool(problems)
-        data.refuse(problems, skip_bad=True)
-        data.require(utterances, splits)
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows

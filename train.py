@@ -322,12 +322,12 @@ def run(args):
     # `audio` is which waveforms the encoder takes: their rate, and whether to normalise them.
     encoder, audio = models.load_encoder(args.model)
     model = models.build(encoder, audio, vars(args)).to(args.device)
-    utterances = data.load_corpus(
-        args.data, args.splits, args.attributes, args.scale, args.skip_bad
-    )
+    found = data.read_corpus(args.data, args.attributes, args.scale, args.splits)
+    utterances = data.usable(found, args.skip_bad, args.splits)
     config = describe_run(args, model, utterances)
     if not args.cached:
-        utterances = data.usable(utterances, model.sample_rate, args.skip_bad)
+        found = data.check_audio(utterances, model.sample_rate)
+        utterances = data.usable(found, args.skip_bad)
         # This word in config.json is about the recordings.
         config["audio"] = digest_rows([u.name, os.path.getsize(u.path)] for u in utterances)
     with cache.lock(args.out) if RANK == 0 else contextlib.nullcontext():

@@ -208,7 +208,8 @@ def measure_data(folder, cuda, quick):
         size += path.stat().st_size
         with open(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    utterances = data.usable(data.load_corpus(folder, data.SPLITS[:3]))
+    labelled = data.usable(data.read_corpus(folder))
+    utterances = data.usable(data.check_audio(labelled))
     entries, _, seconds = cache.read_entries(folder / "cache")
     cached = cache.CachedDataset(entries, utterances)
     start = timeit.default_timer()
@@ -281,7 +282,7 @@ def run_step(step, folder):
         data.main([str(folder)])
     elif step == "fill":
         model = models.build(*models.load_encoder(args.model), vars(args))
-        utterances = data.load_corpus(folder, data.SPLITS[:3])
+        utterances = data.usable(data.read_corpus(folder))
         fingerprint, missing = cache.agree_with(args.cache, model, utterances, None)
         start = timeit.default_timer()
         cache.fill(args.cache, fingerprint, ((u.name, torch.ones(282, 8), 0) for u in missing))

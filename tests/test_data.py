@@ -128,9 +128,10 @@ def test_releases(audio, file, development, test, tmp_path):
     assert [u.labels for u in utterances[:4]] == [(0, 1), (0.5, 0.25), (1, 0.5), (0, 0)]
     assert all(map(math.isnan, utterances[4].labels))
     (tmp_path / audio).rename(tmp_path / "elsewhere")
-    assert [u.labels for u in data.load_corpus(tmp_path, ["Train"])] == [(0, 1)]
+    (train,) = data.usable(data.read_corpus(tmp_path, splits=["Train"]))
+    assert train.labels == (0, 1)
     with pytest.raises(FileNotFoundError):
-        data.usable(utterances, skip_bad=True)
+        data.check_audio(utterances)
 
 
 def test_scale_and_attributes(tmp_path):
@@ -209,7 +210,7 @@ def test_places_of_labels(folder, file, tmp_path):
     (utterance,), _ = data.read_corpus(tmp_path)
     assert utterance._replace(path="") == ("a.wav", "", "Train", (0.5, 0.5), 0)
     with pytest.raises(ValueError, match="^1 unknown split"):
-        data.load_corpus(tmp_path, ["Train"])
+        data.usable(data.read_corpus(tmp_path, splits=["Train"]))
 
 
 def test_one_list_of_problems(tmp_path, capsys):
@@ -220,12 +221,12 @@ def test_one_list_of_problems(tmp_path, capsys):
     for i in range(1, 6):
         (tmp_path / "Audios" / f"{i}.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="^1 label .*skip-bad.*$"):
-        data.load_corpus(tmp_path, ["Train"])
-    labelled = data.load_corpus(tmp_path, ["Train"], skip_bad=True)
+        data.usable(data.read_corpus(tmp_path, splits=["Train"]))
+    labelled = data.usable(data.read_corpus(tmp_path, splits=["Train"]), skip_bad=True)
     assert capsys.readouterr().err.startswith("skipped: 1 label")
     with pytest.raises(ValueError, match="^5 dama.*and 2 more.*skip-bad.*$"):
-        data.usable(labelled)
-    good = data.usable(labelled, skip_bad=True)
+        data.usable(data.check_audio(labelled))
+    good = data.usable(data.check_audio(labelled), skip_bad=True)
     assert capsys.readouterr().err.startswith("skipped: 5 damaged")
     assert [u.name for u in good] == ["6.wav", "7.wav"] and good[0].samples == 1600
     data.require(good, ["Train"])
@@ -234,7 +235,7 @@ def test_one_list_of_problems(tmp_path, capsys):
     ):
         data.require(good[:1], ["Train"], least=2)
     with pytest.raises(ValueError, match="^split 'train' has 0 usable utterances"):
-        data.load_corpus(tmp_path, ["train"])
+        data.usable(data.read_corpus(tmp_path, splits=["train"]), splits=["train"])
 
 
 def test_missing_audio(tmp_path, monkeypatch):
@@ -263,11 +264,11 @@ def test_missing_audio(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "Audios")
     (tmp_path / "Audios").mkdir()
     with pytest.raises(FileNotFoundError, match="mounted"):
-        data.usable(utterances, 16000, skip_bad=True)
+        data.check_audio(utterances)
     fail = Mock(side_effect=OSError(24, "Too many open files"))
     monkeypatch.setattr(data, "open", fail, raising=False)
     with pytest.raises(OSError, match="open files"):
-        data.usable(utterances, 16000, skip_bad=True)
+        data.check_audio(utterances)
 
 
 # suffix, rate, subtype, gains of the channels, accuracy

@@ -192,7 +192,7 @@ def test_two_epochs(precision, corpus, encoder, launch, tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     half = torch.autocast("cpu", dtype, precision != "fp32")
-    utterances = data.load_corpus(corpus, ["Train", "Development"])
+    utterances = data.usable(data.read_corpus(corpus, splits=["Train", "Development"]))
     training, dev = (
         data.SpeechDataset([u for u in utterances if u.split == split])
         for split in ("Train", "Development")
