@@ -301,7 +301,7 @@ def find_audio(paths):
 
     found = []
     others = Counter()
-    for top in map(str, paths):
+    for top in paths:
         if not os.path.isdir(top):
             os.stat(top)  # an OSError where there is nothing
             found.append(Utterance(top, top))
@@ -314,8 +314,8 @@ def find_audio(paths):
             else:
                 found.append(Utterance(name if len(paths) == 1 else path, path))
     if others:
-        kinds = [f"{n} {suffix}" for suffix, n in others.most_common()]
-        print(f"left out, hidden or no audio: {some(kinds, 9)}", file=sys.stderr)
+        kinds = dict(others.most_common(9))
+        print(f"left out, hidden or no audio: {others.total()}, {kinds}", file=sys.stderr)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
     return found

@@ -2,6 +2,7 @@
 
 import filecmp
 import io
+import json
 import math
 import os
 import re
@@ -452,8 +453,10 @@ def test_find_audio(tmp_path, capsys, monkeypatch):
     found = data.find_audio([top])
     assert {u.name for u in found} == {"b.WAV", "a/c.flac", "a/d.m4a", "z/h.mp3"}
     assert len(found) == 4 and all(u.path == str(top / u.name) for u in found)
-    told = capsys.readouterr().err.rstrip().split(": ")[1].split(", ")
-    assert sorted(told) == ["1 .flac", "1 .txt", "1 .wav", "1 without suffix"]
+    told = capsys.readouterr().err.split("left out, hidden or no audio: 4, ")[1]
+    assert json.loads(told.replace("'", '"')) == dict.fromkeys(
+        [".flac", ".txt", ".wav", "without suffix"], 1
+    )
     alone = str(top / "b.WAV")
     both = data.find_audio([str(tmp_path / "out"), alone])
     assert [u.name for u in both] == [str(tmp_path / "out" / "h.mp3"), alone]
