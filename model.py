@@ -24,7 +24,6 @@ In comments: B batch, S samples, T frames, C channels of the CNN, D width, A att
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -544,13 +543,7 @@ def predict(args):
     if model.padding == "paper":
         print("note: trained in padded batches; a file alone may score otherwise", file=sys.stderr)
     failed = False
-    columns = [data.ATTRIBUTES[attribute] for attribute in model.attributes]
-    header = ["FileName"]
-    if args.window:
-        header += ["Start", "End"]
-    header += columns
     if args.data:
-        header += [f"Emo{column}" for column in columns]
         splits = [args.split or "Test1"]
         scale = args.scale or model.scale
         found = data.read_corpus(args.data, model.attributes, scale, splits)
@@ -561,10 +554,13 @@ def predict(args):
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows
         utterances = data.progress(utterances, "predict")
-    with open_csv(args.csv, header) as writer:
+    with data.open_predictions(
+        args.csv, model.attributes, model.scale, windows=args.window, labels=args.data
+    ) as write:
         for u in utterances:
             try:
-                writer.writerows(predict_file(model, u, args.window, args.hop))
+                for units, bounds in predict_file(model, u.path, args.window, args.hop):
+                    write(u, units, bounds)
             except (ValueError, FileNotFoundError, PermissionError) as error:
                 failed = True
                 tqdm.write(str(error), sys.stderr)
@@ -573,57 +569,25 @@ def predict(args):
 
 
 @torch.no_grad()
-def predict_file(model, u, window, hop):
-    """Yield a CSV's row of an utterance's file, or of each of its windows. ValueError for unusable
-    sound."""
+def predict_file(model, path, window, hop):
+    """Yield the predictions of a file, or of each of its windows: A numbers on 0 to 1, and where it
+    starts and stops in seconds, which is () of a whole file. ValueError for unusable sound."""
     import data
 
-    low, high = model.scale
-    seconds = data.measure(u.path, model.sample_rate, limited=not window) / model.sample_rate
+    seconds = data.measure(path, model.sample_rate, limited=not window) / model.sample_rate
     pieces = [()]  # the whole
     if window:
         # Another window begins while over .1 s lies after the end of the last. It may be shorter.
         count = 1 + max(0, math.ceil((seconds - window - 0.1) / hop))
         pieces = [(k * hop, min(k * hop + window, seconds)) for k in range(count)]
     for bounds in pieces:  # () or (start, stop) in seconds
-        wave = data.load_audio(u.path, model.sample_rate, *bounds)
+        wave = data.load_audio(path, model.sample_rate, *bounds)
         if data.is_constant(wave):
-            tqdm.write(f"note: constant sound: '{u.path}' {bounds or ''}", sys.stderr)
-        with explain_memory(f"'{u.path}' needs --window, or a shorter one"):
+            tqdm.write(f"note: constant sound: '{path}' {bounds or ''}", sys.stderr)
+        with explain_memory(f"'{path}' needs --window, or a shorter one"):
             wave = torch.from_numpy(wave).to(model.head.weight.device)
             units = model(wave[None], [len(wave)])[0].tolist()
-        # Predictions and labels are on 0 to 1. Without a corpus there are no labels.
-        values = [low + (high - low) * unit for unit in [*units, *u.labels]]
-        yield [u.name, *(f"{value:.6f}" for value in [*bounds, *values])]
-
-
-@contextlib.contextmanager
-def open_csv(path, header):
-    """A csv.writer on a file or, without a path, on standard output. What stands in the file's
-    place is replaced only if it is empty or has the same header: a recording or a label file is
-    not lost."""
-    start = ",".join(header) + "\n"
-    if path and os.path.isfile(path):  # and no pipe or device, which nothing can be lost from
-        with open(path, errors="replace") as old:
-            if old.readline(len(start)) not in (start, ""):  # "" is of an empty file
-                raise ValueError(f"'{path}' is another kind of file: give a new name by --csv")
-    # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
-    # once, so that one sees it before the next file's is computed.
-    try:
-        with open(
-            path or 1,  # 1: standard output
-            "w",
-            buffering=1,
-            encoding="utf-8",
-            errors="surrogateescape",
-            closefd=bool(path),
-        ) as file:
-            file.write(start)
-            yield csv.writer(file, lineterminator="\n")
-    except OSError as error:
-        # A full disk does not say whose file it was.
-        error.filename = error.filename or path or "standard output"
-        raise
+        yield units, bounds
 
 
 def export(args):

@@ -17,7 +17,6 @@ attributes, N utterances of a split.
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import json
 import math
@@ -116,7 +115,10 @@ def score_test(args, model, dataset, config, history, best):
         "test": scores | {"n": len(dataset)},
     }
     if RANK == 0:
-        write_predictions(args, dataset.utterances, predictions)
+        path = f"{args.out}/predictions-{args.splits[2]}.csv"
+        with data.open_predictions(path, args.attributes, args.scale) as write:
+            for u, units in zip(dataset.utterances, predictions.tolist(), strict=True):
+                write(u, units)
         write_json(args, "result.json", config | result)
     text = f"{args.splits[2]} with epoch {best['epoch']}: {format_scores(scores)}"
     print(f"{text}  ({args.out}/result.json)")
@@ -523,18 +525,6 @@ def save_epoch(args, last):
 def write_json(args, name, content):
     with cache.atomic(args.out / name, "w") as file:
         json.dump(content, file, indent=1, default=str)  # --out is a Path.
-
-
-def write_predictions(args, utterances, predictions):
-    """FileName, predictions (Act, Val) and labels (EmoAct, EmoVal), all on the run's scale."""
-    columns = [data.ATTRIBUTES[attribute] for attribute in args.attributes]
-    low, high = args.scale
-    with cache.atomic(args.out / f"predictions-{args.splits[2]}.csv", "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["FileName", *columns, *(f"Emo{column}" for column in columns)])
-        for u, units in zip(utterances, predictions.tolist(), strict=True):
-            values = [low + (high - low) * unit for unit in [*units, *u.labels]]
-            writer.writerow([u.name, *(f"{value:.6f}" for value in values)])
 
 
 def report_epoch(line, is_best, args):
