@@ -98,7 +98,6 @@ class EmotionModel(nn.Module):
         self.padding = padding
         self.sample_rate = sample_rate
         self.normalise = normalise
-        self.cut = 0  # As for full finetuning, until `freeze` sets another.
         # The ends of the labels' scale, (low, high), and the encoder's digest. `build` sets both.
         self.scale = None
         self.encoder_sha256 = None
@@ -107,7 +106,6 @@ class EmotionModel(nn.Module):
         self.is_wavlm = encoder.config.model_type == "wavlm"
         # Most large encoders have their LayerNorm after the last layer, base ones in stage 0.
         self.norm_last = encoder.config.do_stable_layer_norm
-        encoder.feature_extractor.requires_grad_(False)  # The CNN is frozen in every row (IV-A).
         for layer in encoder.encoder.layers:
             layer.gradient_checkpointing = False
             if self.is_wavlm:
@@ -117,6 +115,7 @@ class EmotionModel(nn.Module):
                 layer.attention.torch_multi_head_self_attention = attend
         if not self.is_wavlm:
             encoder.set_attn_implementation("sdpa")  # It takes our mask of booleans as it is.
+        freeze(self, "full")  # This is how a new model is trained. Call `freeze` for another way.
 
     def forward(self, wave, samples):
         return self.suffix(*self.prefix(wave, samples))
