@@ -151,10 +151,8 @@ class EmotionModel(nn.Module):
             return self.head(self.dropout(self.pool(hidden.float(), mask)))
 
     def pool(self, hidden, mask):
-        """Mean over frames, the true ones where there is a mask: (B, T, D) -> (B, D). A subclass
-        may pool in another way."""
-        if mask is None:
-            return hidden.mean(1)
+        """Mean over the frames that count: (B, T, D) -> (B, D). A subclass may pool in another
+        way."""
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def embedding(self):
@@ -205,11 +203,12 @@ class EmotionModel(nn.Module):
         return pad_sequence(alone, batch_first=True)
 
     def mask(self, hidden, frames):
-        """(B, T) bool, False in padding; None where nothing is masked."""
-        if self.padding == "paper" or min(frames) == hidden.shape[1]:
-            return None
+        """(B, T) bool, which frames count: in "exact" padding the true ones, else all."""
+        longest = hidden.shape[1]
+        if self.padding == "paper":
+            frames = [longest] * len(frames)
         frames = torch.tensor(frames).to(hidden.device, non_blocking=True)
-        return torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
+        return torch.arange(longest, device=hidden.device) < frames[:, None]
 
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
@@ -221,10 +220,9 @@ class EmotionModel(nn.Module):
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
-        if mask is not None:
-            # The projection's bias is in padded frames, too, and the convolution would carry it
-            # into true ones. Alone, an utterance has zeros there: the convolution's own padding.
-            hidden = hidden * mask[..., None]
+        # The projection's bias is in masked frames, too, and the convolution would carry it into
+        # true ones. Alone, an utterance has zeros there: the convolution's own padding.
+        hidden = hidden * mask[..., None]
         hidden = hidden + transformer.pos_conv_embed(hidden)
         if not self.norm_last:
             hidden = transformer.layer_norm(hidden)
@@ -236,7 +234,7 @@ class EmotionModel(nn.Module):
         hidden = hidden.float()  # Half from a float16 cache, or from the CNN under autocast.
         layers = self.encoder.encoder.layers
         options = {}  # What a transformer layer takes beside the hidden states.
-        if mask is not None:
+        if self.padding == "exact":  # In "paper" padding all frames count, and no mask is faster.
             options["attention_mask"] = mask[:, None, None]  # (B, 1, 1, T): all heads, all queries.
         if self.is_wavlm:
             # The position biases (heads, T, T) that the first layer computes are those of all
