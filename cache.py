@@ -6,10 +6,11 @@ The paper has three steps. The first, storing the hidden states of each utteranc
 which computes them, and `fill`. The second, making batches, is CachedDataset, which reads them, and
 train.load_chunks, which pads them. The third, training, is the rest of train.py.
 
-A folder holds shards, and each shard describes itself: what it was made from, whose hidden states
-it holds, how many frames of each, and a checksum of each. There is no index that could disagree
-with them. All above the line `# ---- command line ----` needs no other file of this project: copy
-it.
+A folder holds shards, and each shard describes itself. It is a file of Hugging Face's format
+safetensors, whose tensors have the names of the utterances, and no padding. Its metadata say what
+they were made from, and hold a checksum of each. There is no index that could disagree with them,
+and nothing is unpickled. All above the line `# ---- command line ----` needs no other file of this
+project: copy it.
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # or train.py --cache
     python cache.py --out cache/last-3 --verify                         # read all of it back
@@ -34,6 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
 SHARD_BYTES = 256 * 2**20  # About an hour of speech. An interruption loses at most one shard.
@@ -54,56 +57,49 @@ def encode(model, recordings, device):
 
 
 def fill(folder, fingerprint, items, process=0):
-    """Write hidden states into shards of a folder, packed without padding.
+    """Write hidden states into shards of a folder: safetensors files, one tensor an utterance.
 
     fingerprint : {"dtype": "float16" or "float32", and whatever else the states were made from},
         of JSON's types, and the same for all of a folder
     items : any iterable of (name, hidden (T, D) float, CRC-32 of its recording or None)
     process : number of this process among those that fill the folder now
 
-    A shard is written whole or not at all, so the folder is a valid cache at any moment. D is the
-    same for all of a folder. ValueError for hidden states that are no (T, D), have no frame, or are
-    not finite in that dtype. The greatest float16 is 65,504.
+    A shard is written whole or not at all, so the folder is a valid cache at any moment. ValueError
+    for hidden states that are no (T, D), have no frame, or are not finite in that dtype. The
+    greatest float16 is 65,504.
     """
     os.makedirs(folder, exist_ok=True)
     items = iter(items)  # Each shard takes the next of them.
     for number in itertools.count():
-        path = Path(folder, f"shard-{process}-{number:05}.pt")
+        path = Path(folder, f"shard-{process}-{number:05}.safetensors")
         if path.exists():
             continue  # Nothing is written over.
         began = time.perf_counter()
-        shard = list(take(items, DTYPES[fingerprint["dtype"]]))
+        shard = {}
+        crcs = {}
+        size = 0
+        for name, hidden, audio_crc in items:
+            shard[name] = as_stored(name, hidden, DTYPES[fingerprint["dtype"]])
+            crcs[name] = [checksum(fingerprint, name, shard[name]), audio_crc]
+            size += shard[name].nbytes
+            if size >= SHARD_BYTES:
+                break
         if not shard:
             return
-        names, hidden, audio_crcs = zip(*shard)
-        content = {
-            "fingerprint": fingerprint,
-            "names": list(names),
-            "audio": list(audio_crcs),
-            "frames": [len(states) for states in hidden],
-            "checksums": [checksum(fingerprint, name, states) for name, states, _ in shard],
-            "seconds": time.perf_counter() - began,  # also those in which `items` were computed
-            "hidden": torch.cat(hidden),  # (sum of T, D)
-        }
+        seconds = time.perf_counter() - began  # also those in which `items` were computed
+        about = {"fingerprint": fingerprint, "crcs": crcs, "seconds": seconds}
         with atomic(path) as file:
-            torch.save(content, file)
-        del shard, hidden, content  # Else they would be in memory beside the next shard.
+            file.write(save(shard, {"about": json.dumps(about)}))
 
 
-def take(items, dtype):
-    """Yield the next of `items`, as they are stored, until they fill a shard."""
-    size = 0
-    for name, hidden, audio_crc in items:
-        # A copy, because the caller may reuse its tensor for the next utterance.
-        hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
-        total = hidden.sum(dtype=torch.float32)  # Not finite if an element is not: a fast test.
-        if hidden.ndim != 2 or not (len(hidden) and total.isfinite()):
-            reason = f"not (T, D), empty, NaN, or too great for {dtype} (--dtype float32)"
-            raise ValueError(f"'{name}': {reason}")
-        yield str(name), hidden, audio_crc  # torch.load would refuse a string of NumPy's.
-        size += hidden.nbytes
-        if size >= SHARD_BYTES:
-            return
+def as_stored(name, hidden, dtype):
+    """Hidden states as a shard takes them. ValueError if they cannot be used."""
+    # A copy, because the caller may reuse its tensor for the next utterance.
+    hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
+    if hidden.ndim != 2 or not (len(hidden) and hidden.isfinite().all()):
+        reason = f"not (T, D), empty, NaN, or too great for {dtype} (--dtype float32)"
+        raise ValueError(f"'{name}': {reason}")
+    return hidden
 
 
 def checksum(fingerprint, name, hidden):
@@ -118,16 +114,15 @@ class Entry(NamedTuple):
 
     path: Path  # of the shard
     name: str
+    fingerprint: dict  # of the shard
     frames: int
     checksum: int
     audio_crc: int | None  # CRC-32 of the recording's file as it was read, if there was one
 
     def read(self):
-        """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged, KeyError
-        where the shard has been replaced and lacks them."""
-        shard = open_shard(self.path)
-        hidden = shard["states"][self.name].clone()
-        if checksum(shard["fingerprint"], self.name, hidden) != self.checksum:
+        """Hidden states (T, D), in the cache's dtype. ValueError where they are damaged."""
+        hidden = open_shard(self.path).get_tensor(self.name).clone()
+        if checksum(self.fingerprint, self.name, hidden) != self.checksum:
             raise ValueError(
                 f"'{self.path}' is damaged at '{self.name}': delete it, and fill again"
             )
@@ -136,31 +131,14 @@ class Entry(NamedTuple):
 
 @functools.cache
 def open_shard(path):
-    """A shard's content, {key: value}. Its hidden states are mapped, not read. Two keys are added:
-    "states", {name: (T, D)}, and "entries", {name: Entry}. Only tensors and plain values are
-    unpickled. ValueError for damage.
-
-    Shards stay mapped until read_entries is called again, because mapping one takes longer than
-    reading an utterance from it.
-    """
-    try:
-        shard = torch.load(path, mmap=True, weights_only=True)
-        columns = [shard[key] for key in ("names", "frames", "checksums", "audio")]
-        shard["entries"] = {row[0]: Entry(path, *row) for row in zip(*columns, strict=True)}
-        # An error, and so damage, if `frames` are not the lengths of all that it holds.
-        shard["states"] = dict(zip(shard["names"], shard["hidden"].split(shard["frames"])))
-        if not (shard["seconds"] >= 0 and shard["fingerprint"]["dtype"] in DTYPES):
-            raise ValueError("not what `fill` writes")
-    except OSError:
-        raise  # It names its file itself.
-    except Exception as error:  # whatever reading a damaged or hostile file raises
-        raise ValueError(f"'{path}' is damaged: delete it, and fill again") from error
-    return shard
+    """A shard, whose hidden states are mapped, not read. It stays so until read_entries is called
+    again, because opening one takes longer than reading an utterance from it."""
+    return safe_open(path, "pt")
 
 
 def read_entries(folder):
     """What a folder holds -> {name: Entry}, the fingerprint of its shards ({} without one), and
-    the seconds that filling took. ValueError if a shard is damaged or of another cache."""
+    the seconds that filling took. ValueError if a shard cannot be read, or is of another cache."""
     open_shard.cache_clear()  # What is in the folder may have changed.
     entries = {}
     fingerprint = {}
@@ -169,16 +147,24 @@ def read_entries(folder):
     # Runs that filled a folder side by side may have stored an utterance twice. Then the shard with
     # the first name counts, so it comes last here, after the others. What a run of one process has
     # filled then stays what it is, whatever others add.
-    for path in sorted(Path(folder).glob("shard-*.pt"), reverse=True):
-        shard = open_shard(path)
-        fingerprint = fingerprint or shard["fingerprint"]
-        if shard["fingerprint"] != fingerprint:
+    for path in sorted(Path(folder).glob("shard-*.safetensors"), reverse=True):
+        try:
+            shard = open_shard(path)
+            about = json.loads(shard.metadata()["about"])
+            own = about["fingerprint"]
+            for name, crcs in about["crcs"].items():
+                frames = shard.get_slice(name).get_shape()[0]  # The states are not read yet.
+                entries[name] = Entry(path, name, own, frames, *crcs)
+            seconds[path.name.split("-")[1]] += about["seconds"]
+            fingerprint = fingerprint or dict(own)
+        except Exception as error:  # whatever reading a damaged or hostile file raises
+            raise ValueError(
+                f"'{path}' cannot be read ({error!r}): if it is damaged, delete it, and fill again"
+            ) from error
+        if own != fingerprint:
             raise ValueError(
                 f"'{path}' is of another cache than the shards after it: delete it, or them"
             )
-        entries |= shard["entries"]
-        process = path.name.split("-")[1]
-        seconds[process] += shard["seconds"]
     return entries, fingerprint, max(seconds.values(), default=0.0)
 
 
@@ -299,7 +285,7 @@ def agree_with(folder, model, utterances, dtype):
     """
     entries, stored, _ = read_entries(folder)
     seen = Path(folder).glob("[!.]*")  # Hidden files, locks among them, do not matter.
-    foreign = [path.name for path in seen if not path.match("shard-*")]
+    foreign = [path.name for path in seen if not path.match("shard-*.safetensors*")]
     if foreign and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie

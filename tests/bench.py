@@ -204,7 +204,7 @@ def measure_data(folder, cuda, quick):
     """A cache of the last 3 layers, read from the disk and shuffled; then train_epoch's loop."""
     prepare(folder, 640 if cuda else 16, base=True)
     size = 0
-    for path in folder.glob("cache/*.pt"):
+    for path in folder.glob("cache/*.safetensors"):
         size += path.stat().st_size
         with open(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 import tqdm
@@ -100,6 +101,17 @@ def read_cache(folder):
     utterances = [SimpleNamespace(name=name, labels=()) for name in entries]
     dataset = cache.CachedDataset(entries, utterances)
     return {name: dataset[i][0] for i, name in enumerate(entries)}
+
+
+def read_shard(path):
+    """{name: hidden states (T, D)} of a shard, and what it says of itself."""
+    with safetensors.safe_open(path, "pt") as shard:
+        tensors = {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
+        return tensors, json.loads(shard.metadata()["about"])
+
+
+def write_shard(path, tensors, about):
+    safetensors.torch.save_file(tensors, path, {"about": json.dumps(about)})
 
 
 def state(folder):

@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DEPTH, NEEDS_GPU, WIDTH, read_cache, relative, step, tree
+from conftest import (
+    DEPTH,
+    NEEDS_GPU,
+    WIDTH,
+    read_cache,
+    read_shard,
+    relative,
+    step,
+    tree,
+    write_shard,
+)
 
 import cache
 import data
@@ -121,8 +131,8 @@ def test_any_iterable_is_filled(tmp_path, monkeypatch):
     assert found.keys() == expected.keys()
     for name, hidden in expected.items():
         assert torch.equal(found[name], hidden)
-    names = [torch.load(path)["names"] for path in sorted(tmp_path.glob("shard-7-0000?.pt"))]
-    assert names == [["a", "b", "c"], ["turned", "trained"]]
+    names = [read_shard(p)[0].keys() for p in sorted(tmp_path.glob("shard-7-0000?.safetensors"))]
+    assert names == [{"a", "b", "c"}, {"turned", "trained"}]
 
 
 @pytest.mark.parametrize("value", [70_000.0, -torch.inf, torch.nan])
@@ -156,10 +166,10 @@ def test_a_pickled_dataset_carries_no_shards(cached):
 
 
 CLAIMS = {
-    "fingerprint": lambda shard: shard["fingerprint"].update(cut=1),
-    "names": lambda shard: shard["names"].append(shard["names"].pop(0)),
-    "frames": lambda shard: shard["frames"].__setitem__(slice(2), [len(shard["frames"]), 1]),
-    "hidden": lambda shard: shard["hidden"][0].add_(1e-6),
+    "fingerprint": lambda states, about: about["fingerprint"].update(cut=1),
+    "names": lambda states, about: states.update(a=states["b"], b=states["a"].clone()),
+    "frames": lambda states, about: states.update(a=states["a"].view(2, 2)),
+    "hidden": lambda states, about: states["a"][0].add_(1e-6),
 }
 
 
@@ -170,10 +180,10 @@ def test_the_checksum_covers_what_is_claimed(claim, tmp_path):
     items = [("a", torch.ones(1, 4), 1), ("b", torch.ones(2, 4), 2)]
     cache.fill(tmp_path, {"dtype": "float32", "cut": 2}, items)
     (path,) = tmp_path.iterdir()
-    shard = torch.load(path, weights_only=True)
-    CLAIMS[claim](shard)
-    torch.save(shard, path)
-    with pytest.raises(ValueError, match="shard-0-00000.pt' is damaged at '[ab]'"):
+    shard = read_shard(path)
+    CLAIMS[claim](*shard)
+    write_shard(path, *shard)
+    with pytest.raises(ValueError, match="shard-0-00000.safetensors' is damaged at '[ab]'"):
         read_cache(tmp_path)
 
 
@@ -258,12 +268,17 @@ def test_a_fill_continues(fill, cached, tmp_path, capsys):
     whatever cut or dtype it would give a new folder; what a killed fill of its own number left half
     written goes, that of another number stays."""
     fill(tmp_path, *FLOAT32, "--splits", "Train")
-    before = (tmp_path / "shard-0-00000.pt").read_bytes()
-    for name in ("shard-0-00007.pt.tmp", "shard-1-00001.pt.tmp"):
+    before = (tmp_path / "shard-0-00000.safetensors").read_bytes()
+    for name in ("shard-0-00007.safetensors.tmp", "shard-1-00001.safetensors.tmp"):
         (tmp_path / name).write_text("half")
     fill(tmp_path, "--layers", 2)
-    assert (tmp_path / "shard-0-00000.pt").read_bytes() == before
-    names = {".lock-0", "shard-0-00000.pt", "shard-0-00001.pt", "shard-1-00001.pt.tmp"}
+    assert (tmp_path / "shard-0-00000.safetensors").read_bytes() == before
+    names = {
+        ".lock-0",
+        "shard-0-00000.safetensors",
+        "shard-0-00001.safetensors",
+        "shard-1-00001.safetensors.tmp",
+    }
     assert {path.name for path in tmp_path.iterdir()} == names
     assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
     capsys.readouterr()
@@ -286,11 +301,11 @@ def test_processes_fill_side_by_side(fill, cached, corpus, tmp_path, monkeypatch
     assert relative(read_cache(tmp_path), whole) == 0
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    (tmp_path / "shard-0-00000.pt").unlink()
+    (tmp_path / "shard-0-00000.safetensors").unlink()
     kept = tree(tmp_path)
     fill(tmp_path, *FLOAT32)
     assert kept.items() <= tree(tmp_path).items()
-    assert (tmp_path / "shard-0-00000.pt").exists()
+    assert (tmp_path / "shard-0-00000.safetensors").exists()
     assert relative(read_cache(tmp_path), whole) == 0
 
 
@@ -326,19 +341,21 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
 
     def wait(file, operation):
         if operation == fcntl.LOCK_EX:  # It would wait here. Now the other one goes on, and ends.
-            assert (folder / "shard-0-00000.pt.0.tmp").exists()
-            (tmp_path / "other" / "shard-0-00000.pt").rename(folder / "shard-0-00000.pt")
+            assert (folder / "shard-0-00000.safetensors.0.tmp").exists()
+            (tmp_path / "other" / "shard-0-00000.safetensors").rename(
+                folder / "shard-0-00000.safetensors"
+            )
             holder.communicate()
         lockf(file, operation)
 
     monkeypatch.setattr(fcntl, "lockf", wait)
     assert holder.stdout.readline() == b"held\n"
-    (folder / "shard-0-00000.pt.0.tmp").write_text("half")
-    before = (tmp_path / "other" / "shard-0-00000.pt").read_bytes()
+    (folder / "shard-0-00000.safetensors.0.tmp").write_text("half")
+    before = (tmp_path / "other" / "shard-0-00000.safetensors").read_bytes()
     fill(folder, *FLOAT32)
     assert capsys.readouterr().err.count("waiting for another process") == 1
-    assert (folder / "shard-0-00000.pt").read_bytes() == before
-    names = [torch.load(path)["names"] for path in sorted(folder.glob("shard-*"))]
+    assert (folder / "shard-0-00000.safetensors").read_bytes() == before
+    names = [read_shard(path)[0] for path in sorted(folder.glob("shard-*"))]
     assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])
     assert relative(read_cache(folder), read_cache(cached(3))) == 0
 
@@ -361,14 +378,14 @@ def test_replaced_audio_and_damage(fill, cached, corpus, tmp_path, monkeypatch, 
     entry, expected = (
         cache.read_entries(f)[0][replaced.name] for f in (tmp_path / "cache", cached(3))
     )
-    assert entry[2:] == expected[2:]  # frames, checksum, recording
+    assert entry[1:] == expected[1:]  # all but the shard's path
     assert relative(read_cache(tmp_path / "cache"), read_cache(cached(3))) == 0
     assert replaced.read_bytes() == other.read_bytes()
     (path,) = tmp_path.glob("cache/shard-*")
-    shard = torch.load(path, weights_only=True)
-    shard["hidden"][sum(shard["frames"][: shard["names"].index(damaged.name)])] += 1
-    shard["audio"][shard["names"].index(unknown.name)] = None
-    torch.save(shard, path)
+    states, about = read_shard(path)
+    states[damaged.name][0] += 1
+    about["crcs"][unknown.name][1] = None
+    write_shard(path, states, about)
     capsys.readouterr()
     line = ["--out", str(tmp_path / "cache"), "--verify"]
     with pytest.raises(ValueError, match="1 of 28 utterances are not as filled"):
@@ -395,10 +412,10 @@ def test_a_foreign_cache_is_refused(key, fill, launch, cached, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(cached(3), folder)
     (path,) = folder.glob("shard-*")
-    shard = torch.load(path, weights_only=True)
-    assert shard["fingerprint"].keys() == OTHER.keys()
-    shard["fingerprint"][key] = OTHER[key]
-    torch.save(shard, path)
+    states, about = read_shard(path)
+    assert about["fingerprint"].keys() == OTHER.keys()
+    about["fingerprint"][key] = OTHER[key]
+    write_shard(path, states, about)
     before = tree(folder)
     reason = f"was made with {key} "
     with pytest.raises(ValueError, match=reason):
@@ -408,8 +425,8 @@ def test_a_foreign_cache_is_refused(key, fill, launch, cached, tmp_path):
             launch(tmp_path / "run", "--cache", folder)
         assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     assert tree(folder) == before
-    shutil.copy(next(Path(cached(3)).glob("shard-*")), folder / "shard-1-00000.pt")
-    with pytest.raises(ValueError, match="shard-0-00000.pt' is of another cache"):
+    shutil.copy(next(Path(cached(3)).glob("shard-*")), folder / "shard-1-00000.safetensors")
+    with pytest.raises(ValueError, match="shard-0-00000.safetensors' is of another cache"):
         fill(folder, *FLOAT32)
 
 

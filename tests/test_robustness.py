@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from conftest import FORK, fork, read_cache, state
+from conftest import FORK, fork, read_cache, read_shard, state, write_shard
 
 import cache
 import ccc
@@ -32,7 +32,7 @@ import train
 COMMANDS = {m.__name__: m for m in (cache, ccc, data, model, stats, train)}
 HEADER = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
 LABELS, CLIP = "corpus/Labels/labels_consensus.csv", "corpus/Audios/u00.wav"
-SHARD, RESULT = "cache/shard-0-00001.pt", "finished/result.json"
+SHARD, RESULT = "cache/shard-0-00001.safetensors", "finished/result.json"
 CONFIG, SOUND = "encoder/config.json", "encoder/preprocessor_config.json"
 WEIGHTS, PICKLED = "encoder/model.safetensors", "encoder/pytorch_model.bin"
 LAYER = "encoder.layers.3.attention.q_proj.weight"
@@ -175,7 +175,7 @@ BAD = [  # what is spoiled, the command, what the error says
     ),
     (lambda: (os.remove(WEIGHTS), torch.save(EVIL, PICKLED)), FILL, "'encoder' cannot be used"),
     (lambda: torch.save(EVIL, "run/best.pt"), PREDICT, "'run/best.pt' cannot be used"),
-    (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"'{SHARD}' is damaged"),
+    (lambda: torch.save(EVIL, SHARD), CACHED + LATE, f"'{SHARD}' cannot be read"),
     (weights, CACHED + LATE, "'cache' was made with encoder_sha256 "),
     (
         lambda: replace(b"16000", b"8000", SOUND),
@@ -295,7 +295,7 @@ def test_full_disk(refused, monkeypatch):
         refused(FILL + LATE, "less free space")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for line, size, file in ((FILL, 1000, "shard-0-00000.pt"), (AGAIN, 20000, "last.pt")):
+    for line, size, file in ((FILL, 1000, "shard-0-00000.safetensors"), (AGAIN, 20000, "last.pt")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             refused(f"{line} --out late-{size}", f"cannot write 'late-{size}/{file}'")
@@ -345,7 +345,7 @@ def run_until_saving(line, waiting):
         time.sleep(99)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # A background job may ignore it.
-    torch.save = wait
+    torch.save = cache.save = wait
     with open("stderr", "w") as sys.stderr:
         ccc.shell(partial(call, line))
 
@@ -463,12 +463,19 @@ def test_another_shape_inside(path, line, world, monkeypatch):
     """Whatever stands for a value in a JSON file, a checkpoint or a shard: the command works, or it
     is refused in one line."""
     monkeypatch.setattr(train, "train_epoch", Mock(return_value=0.5))
-    is_json = path.endswith("json")
-    good = json.loads(Path(path).read_text()) if is_json else torch.load(path, weights_only=True)
+    states = {}
+    if path.endswith("json"):
+        good = json.loads(Path(path).read_text())
+    elif path == SHARD:
+        states, good = read_shard(path)
+    else:
+        good = torch.load(path, weights_only=True)
     kept = contents()
     for mutant in mutants(good, Random(0)):
-        if is_json:
+        if path.endswith("json"):
             Path(path).write_text(json.dumps(mutant))
+        elif path == SHARD:
+            write_shard(path, states, mutant)
         else:
             torch.save(copy.deepcopy(mutant), path)
         try:

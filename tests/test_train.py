@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DEPTH, NEEDS_GPU, read_csv, relative, state, tiny_encoder, tree
+from conftest import DEPTH, NEEDS_GPU, read_csv, read_shard, relative, state, tiny_encoder, tree
 
 import cache
 import ccc
@@ -496,7 +496,7 @@ def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     launch(run, "--cache", tmp_path / "cache")
     (run / "notes.tmp").unlink()
     check_run(run)
-    (shard,) = (torch.load(path) for path in tmp_path.glob("cache/shard-*"))
+    ((states, about),) = (read_shard(path) for path in tmp_path.glob("cache/shard-*"))
     shutil.rmtree(tmp_path / "cache")
     shutil.copytree(corpus, tmp_path / "moved")
     before = tree(tmp_path)
@@ -510,9 +510,8 @@ def test_a_finished_run_is_left_alone(launch, corpus, tmp_path, capsys):
     assert f"'{run}' is finished" in capsys.readouterr().out
     assert tree(tmp_path) == before
     (run / "result.json").unlink()
-    states = [2 * hidden for hidden in shard["hidden"].split(shard["frames"])]
-    items = zip(shard["names"], states, shard["audio"], strict=True)
-    cache.fill(tmp_path / "cache", shard["fingerprint"], items)
+    items = [(name, 2 * hidden, about["crcs"][name][1]) for name, hidden in states.items()]
+    cache.fill(tmp_path / "cache", about["fingerprint"], items)
     before = tree(tmp_path)
     with pytest.raises(ValueError, match="run with cache_contents"):
         launch(run, *again)
