@@ -259,10 +259,9 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     wanted = data.usable(found, args.skip_bad)
     if not wanted:
         return
-    # In another run's fill, the process of the same number writes shards of the same names.
+    # In another run's fill, the process of the same number writes shards of the same names. What a
+    # killed one left half written is written over, as the next shard has the same name again.
     with lock(folder, f".lock-{process}"):
-        for path in Path(folder).glob(f"shard-{process}-*.tmp"):
-            path.unlink()  # A killed process of this number left it half written.
         fingerprint, missing = agree_with(folder, model, wanted, dtype)
         frames = sum(model.count_frames(u.samples) for u in missing)
         size = frames * model.encoder.config.hidden_size * DTYPES[fingerprint["dtype"]].itemsize
@@ -300,13 +299,13 @@ def agree_with(folder, model, utterances, dtype):
         "normalise": model.normalise,
         "prefix_version": model.PREFIX_VERSION,
     }
-    if stored and stored != fingerprint:
-        others = [
-            f"{key} {stored.get(key)}, not {value}"
-            for key, value in fingerprint.items()
-            if stored.get(key) != value
-        ]
-        raise ValueError(f"'{folder}' was made with {'; '.join(others)}: give another folder")
+    for key in fingerprint | stored:
+        found = stored.get(key)
+        wanted = fingerprint.get(key)
+        if stored and found != wanted:
+            raise ValueError(
+                f"'{folder}' was made with {key} {found}, not {wanted}: give another folder"
+            )
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 

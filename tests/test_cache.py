@@ -266,18 +266,18 @@ def test_unlocked_and_full_disks(tmp_path, monkeypatch, capsys):
 def test_a_fill_continues(fill, cached, tmp_path, capsys):
     """The same command with more splits adds what is missing and leaves what is there to the byte,
     whatever cut or dtype it would give a new folder; what a killed fill of its own number left half
-    written goes, that of another number stays."""
+    written is written over, that of another number stays."""
     fill(tmp_path, *FLOAT32, "--splits", "Train")
     before = (tmp_path / "shard-0-00000.safetensors").read_bytes()
-    for name in ("shard-0-00007.safetensors.tmp", "shard-1-00001.safetensors.tmp"):
-        (tmp_path / name).write_text("half")
+    for number in (0, 1):
+        (tmp_path / f"shard-{number}-00001.safetensors.{number}.tmp").write_text("half")
     fill(tmp_path, "--layers", 2)
     assert (tmp_path / "shard-0-00000.safetensors").read_bytes() == before
     names = {
         ".lock-0",
         "shard-0-00000.safetensors",
         "shard-0-00001.safetensors",
-        "shard-1-00001.safetensors.tmp",
+        "shard-1-00001.safetensors.1.tmp",
     }
     assert {path.name for path in tmp_path.iterdir()} == names
     assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
@@ -355,7 +355,7 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
     fill(folder, *FLOAT32)
     assert capsys.readouterr().err.count("waiting for another process") == 1
     assert (folder / "shard-0-00000.safetensors").read_bytes() == before
-    names = [read_shard(path)[0] for path in sorted(folder.glob("shard-*"))]
+    names = [read_shard(path)[0] for path in sorted(folder.glob("shard-*.safetensors"))]
     assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])
     assert relative(read_cache(folder), read_cache(cached(3))) == 0
 
