@@ -333,7 +333,7 @@ def verify(folder, root):
     paths = {}
     if root:
         utterances, _ = data.read_corpus(root, attributes=())  # Labels are of no interest here.
-        paths = {u.name: Path(u.path) for u in utterances}
+        paths = {u.name: Path(u.path) for u in utterances if u.name in entries}
     defects = 0
     for name, entry in data.progress(entries.items(), "verify"):
         try:
@@ -347,8 +347,9 @@ def verify(folder, root):
             defects += 1
     if defects:
         raise ValueError(f"'{folder}': {defects} of {len(entries)} utterances are not as filled")
-    listed = len(entries.keys() & paths.keys())
-    print(f"'{folder}': all {len(entries):,} utterances are intact, {listed:,} of them in --data")
+    print(
+        f"'{folder}': all {len(entries):,} utterances are intact, {len(paths):,} of them in --data"
+    )
 
 
 def main(argv=None):
