@@ -194,8 +194,10 @@ class CachedDataset:
 
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
-    """Open a file that appears at `path` whole or not at all. OSError if it cannot be written."""
-    temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"  # Of several processes, each has one.
+    """Open a file that appears at `path`, a Path, whole or not at all. OSError if it cannot be
+    written."""
+    # It is hidden until then. Of several processes, each has one of its own.
+    temporary = f"{path.parent}/.{path.name}.{os.environ.get('RANK', '0')}.tmp"
     try:
         with open(temporary, mode) as file:
             yield file
@@ -204,8 +206,9 @@ def atomic(path, mode="wb"):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError.
         Path(temporary).unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"cannot write '{path}': {reason}; what was there is kept") from error
+        raise OSError(
+            f"cannot write '{path}': is the disk full? What was there is kept ({error!r})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -282,11 +285,12 @@ def agree_with(folder, model, utterances, dtype):
     that is None, float16. ValueError where the shards differ from the model or from `dtype`, and
     where a folder without shards holds other files.
     """
+    # Hidden files, locks among them, do not matter. Another process may write the first shard just
+    # now, so it is after looking for files that the shards are read.
+    seen = [path.name for path in Path(folder).glob("[!.]*")]
     entries, stored, _ = read_entries(folder)
-    seen = Path(folder).glob("[!.]*")  # Hidden files, locks among them, do not matter.
-    foreign = [path.name for path in seen if not path.match("shard-*.safetensors*")]
-    if foreign and not stored:
-        raise ValueError(f"'{folder}' is no cache, as it holds '{foreign[0]}': give another folder")
+    if seen and not stored:
+        raise ValueError(f"'{folder}' is no cache, as it holds '{seen[0]}': give another folder")
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
     # after it: stages that are to be trained would be in the cache.
     if stored.get("cut") in range(1, model.cut):

@@ -270,14 +270,14 @@ def test_a_fill_continues(fill, cached, tmp_path, capsys):
     fill(tmp_path, *FLOAT32, "--splits", "Train")
     before = (tmp_path / "shard-0-00000.safetensors").read_bytes()
     for number in (0, 1):
-        (tmp_path / f"shard-{number}-00001.safetensors.{number}.tmp").write_text("half")
+        (tmp_path / f".shard-{number}-00001.safetensors.{number}.tmp").write_text("half")
     fill(tmp_path, "--layers", 2)
     assert (tmp_path / "shard-0-00000.safetensors").read_bytes() == before
     names = {
         ".lock-0",
         "shard-0-00000.safetensors",
         "shard-0-00001.safetensors",
-        "shard-1-00001.safetensors.1.tmp",
+        ".shard-1-00001.safetensors.1.tmp",
     }
     assert {path.name for path in tmp_path.iterdir()} == names
     assert relative(read_cache(tmp_path), read_cache(cached(3))) == 0
@@ -341,7 +341,7 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
 
     def wait(file, operation):
         if operation == fcntl.LOCK_EX:  # It would wait here. Now the other one goes on, and ends.
-            assert (folder / "shard-0-00000.safetensors.0.tmp").exists()
+            assert (folder / ".shard-0-00000.safetensors.0.tmp").exists()
             (tmp_path / "other" / "shard-0-00000.safetensors").rename(
                 folder / "shard-0-00000.safetensors"
             )
@@ -350,12 +350,12 @@ def test_two_fills_at_once(splits, fill, cached, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", wait)
     assert holder.stdout.readline() == b"held\n"
-    (folder / "shard-0-00000.safetensors.0.tmp").write_text("half")
+    (folder / ".shard-0-00000.safetensors.0.tmp").write_text("half")
     before = (tmp_path / "other" / "shard-0-00000.safetensors").read_bytes()
     fill(folder, *FLOAT32)
     assert capsys.readouterr().err.count("waiting for another process") == 1
     assert (folder / "shard-0-00000.safetensors").read_bytes() == before
-    names = [read_shard(path)[0] for path in sorted(folder.glob("shard-*.safetensors"))]
+    names = [read_shard(path)[0] for path in sorted(folder.glob("shard-*"))]
     assert [len(part) for part in names] == ([12, 16] if splits == ["Train"] else [28])
     assert relative(read_cache(folder), read_cache(cached(3))) == 0
 
