@@ -148,8 +148,8 @@ def read_table(path, columns=()):
             header = next(lines, [])
             for column in ["FileName", *columns, *filter(None, header)]:
                 if header.count(column) != 1:
-                    reason = f"no column {column!r}, or two, in {header[:20]}"
-                    raise ValueError(f"'{path}': {reason}; cells are to be separated by commas")
+                    reason = f"no column {column!r}, or two, in its first line, {header[:20]}"
+                    raise ValueError(f"'{path}': {reason}; separate columns by commas")
             for cells in filter(any, lines):  # An empty line may have commas.
                 row = dict(zip(header, cells))
                 if len(cells) != len(header):
@@ -182,13 +182,13 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
         if split not in SPLITS:
-            kind = f"unknown split, not of {SPLITS}"
+            kind = f"unknown split; in Split_Set is to be one of {SPLITS}"
         elif split not in splits:
             continue
         elif "/" in name or "\0" in name or len(name) > 255:  # ../other.wav
-            kind = "not the plain name of a file"
+            kind = "not the plain name of a file; correct FileName"
         elif split != "Test3" and not all(0 <= unit <= 1 for unit in labels):
-            kind = f"label missing or not from {low:g} to {high:g} (--scale)"
+            kind = f"label missing, no number, or not from {low:g} to {high:g} (--scale)"
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
             continue
@@ -413,7 +413,10 @@ def open_sound(source):
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
             # soundfile raises a TypeError for an open file whose name ends in .raw. And some
             # codecs, GSM for one, cannot seek: those are "not to be read in pieces".
-            reason = f"damaged, no audio, or not to be read in pieces; fetch it again, or {REWRITE}"
+            reason = (
+                "damaged, no audio, or not to be read in pieces; fetch it again, or if it plays"
+                f" to its end, {REWRITE}"
+            )
             if isinstance(error, ValueError):
                 reason = error
             name = str(getattr(file, "name", "a file in memory"))
@@ -445,7 +448,7 @@ def judge_header(sound):
         raise ValueError("impossible sample rate; correct its header")
     if (
         sound.format not in CONTAINERS
-        or sound.frames in (0, 2**63 - 1)  # The last is libsndfile's word for an unknown number.
+        or not 0 < sound.frames < 2**40  # An unknown number is told as a huge one.
         # The header claims over .01 s more than there is. Less is let pass, because some writers
         # count the header itself as sound.
         or (claim and (int(claim[1]) / int(claim[2]) - 1) * sound.frames > 0.01 * rate)
@@ -473,6 +476,8 @@ def read_blocks(sound, file, start=0.0, stop=None):
         block = sound.read(min(last - place, MAX_SECONDS * rate), "float32", always_2d=True)
         if not np.isfinite(block).all():
             raise ValueError("NaN or infinite samples; leave it out")
+        if not len(block):
+            break  # The header claims more, which is judged below.
         samples += len(block)
         yield block[ahead:]
         ahead = 0
@@ -480,14 +485,17 @@ def read_blocks(sound, file, start=0.0, stop=None):
         return  # Only a piece was asked for, so the end cannot be judged.
     # Decoding may have ended at damage, before the length that the header says. Or sound is left
     # after that length: an MP3 may lack it, and libsndfile then estimates it from the first frame's
-    # bit rate, and two FLACs may have been joined. If `decoded` bytes gave `samples`, the rest
-    # would give samples * rest / decoded more. A tag, of title and artist, is no sound.
+    # bit rate, and files may have been joined. If `decoded` bytes gave `samples`, the rest would
+    # give samples * rest / decoded more.
     expected = samples
     decoded = file.tell()  # in bytes: libsndfile reads this very file, so it has read up to here
     rest = file.read()
-    if sound.format in ("MP3", "FLAC") and not rest.startswith((b"TAG", b"APETAGEX")):
+    if rest.startswith(b"APETAGEX"):  # A tag, of title and artist, is no sound. It has its length.
+        rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
+    if sound.format in ("MP3", "FLAC", "OGG", "AU"):  # Others may have more than sound.
         expected += samples * len(rest) / decoded
-    if max(sound.frames - samples, expected - sound.frames) > 0.1 * rate + 0.01 * samples:
+    # Of MP3s that are whole, libsndfile may leave two frames, which are up to .11 s.
+    if max(sound.frames - samples, expected - sound.frames) > 0.2 * rate:
         raise ValueError(LENGTH)
 
 

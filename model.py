@@ -547,6 +547,7 @@ def predict(args):
         utterances = data.usable(found, True, splits)
         _, problems = found
         failed = bool(problems)
+        os.listdir(os.path.dirname(utterances[0].path))  # An OSError if its disk is not mounted.
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows

@@ -159,11 +159,11 @@ def test_rows_that_are_problems(tmp_path):
     write_labels(tmp_path, "\n".join([HEADER, *rows]).encode())
     utterances, problems = data.read_corpus(tmp_path)
     assert [u.name for u in utterances] == ["a.wav"]
-    bad_labels = problems.pop("label missing or not from 1 to 7 (--scale)")
+    bad_labels = problems.pop("label missing, no number, or not from 1 to 7 (--scale)")
     assert bad_labels[0] == "'Test2' '.wav' ['', '4']" and len(bad_labels) == 9
     assert problems == {
-        f"unknown split, not of {data.SPLITS}": ["'Dev' 'b.wav' ['4', '4']"],
-        "not the plain name of a file": [
+        f"unknown split; in Split_Set is to be one of {data.SPLITS}": ["'Dev' 'b.wav' ['4', '4']"],
+        "not the plain name of a file; correct FileName": [
             f"'Train' '{name}' ['4', '4']" for name in ("../c.wav", r"\x00", "x" * 300)
         ],
     }
@@ -171,10 +171,10 @@ def test_rows_that_are_problems(tmp_path):
 
 GOOD = HEADER + "\na.wav,N,4,4,,1,F,Train\n"
 FILES = [  # bytes of a label file, what is said of it
-    (b"", ": no column 'FileName', or two, in \\[]; "),
+    (b"", ": no column 'FileName', or two, in its first line, \\[]; "),
     (
         HEADER.replace(",", ";").encode(),
-        "no column 'FileName', .*cells are to be separated by commas",
+        "no column 'FileName', .*separate columns by commas",
     ),
     (HEADER.replace("EmoVal", "V").encode(), ": no column 'EmoVal', or two, in .*'V'"),
     ((GOOD + "d.wav,N,4").encode(), "has to be corrected: line 3: 3 cells, not 8"),
@@ -388,6 +388,7 @@ def test_damaged_in_the_middle(kind, subtype, tmp_path):
 
 SECOND = {"wave": NOISE[:16000], "rate": 16000}
 SIZES = [2**32 - 1, 0x7FFFF000, 32016, 32028, 32044]  # ffmpeg's and SoX's streams; with the header
+TAGS = [b"TAG" + bytes(125), b"APETAGEX" + bytes(4) + (5000).to_bytes(4, "little") + bytes(5016)]
 SOUNDS = [  # container, what is done to a second of sound, what is said of it, or its samples
     *(("WAV", lambda c, n=n: change(c, 40, n.to_bytes(4, "little")), "16000") for n in SIZES),
     ("WAV", lambda c: change(c, 40, bytes(4)), "truncated, .*empty, .*`ffmpeg -ignore_length 1"),
@@ -398,12 +399,11 @@ SOUNDS = [  # container, what is done to a second of sound, what is said of it, 
         lambda c: change(c, 21, b"\xf0\0\0\0\0"),
         "truncated, .*length that cannot be checked.*`ffmpeg",
     ),
-    ("MP3", lambda c: c + c, "truncated, .*`ffmpeg"),
     ("WAV", lambda c: c + b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), "16000"),
     ("WAV", lambda c: change(c, 40, (33600).to_bytes(4, "little")), "truncated"),  # lacks .05 s
-    ("FLAC", lambda c: c + c, "truncated, .*`ffmpeg"),
-    ("MP3", lambda c: c + b"TAG" + bytes(125), "16000"),
-    ("MP3", lambda c: c + b"APETAGEX" + bytes(5000), "16000"),
+    *((kind, lambda c: c + c, "truncated, .*`ffmpeg") for kind in ("MP3", "FLAC", "OGG", "AU")),
+    *(("MP3", lambda c, tag=tag: c + tag, "16000") for tag in TAGS),
+    *(("MP3", lambda c, tag=tag: c + tag + c, "truncated, .*`ffmpeg") for tag in TAGS),
     ("NIST", bytes, "truncated, .*`ffmpeg"),
     ("WAV", lambda c: b"\0\0\0\x1cftypM4A " + c, "damaged, no audio, .*`ffmpeg"),
 ]
