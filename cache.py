@@ -152,11 +152,13 @@ def read_entries(folder):
             shard = open_shard(path)
             about = json.loads(shard.metadata()["about"])
             own = about["fingerprint"]
+            if own["dtype"] not in DTYPES:
+                raise ValueError("unknown dtype")
             for name, crcs in about["crcs"].items():
                 frames = shard.get_slice(name).get_shape()[0]  # The states are not read yet.
                 entries[name] = Entry(path, name, own, frames, *crcs)
             seconds[path.name.split("-")[1]] += about["seconds"]
-            fingerprint = fingerprint or dict(own)
+            fingerprint = fingerprint or own
         except Exception as error:  # whatever reading a damaged or hostile file raises
             raise ValueError(
                 f"'{path}' cannot be read ({error!r}): if it is damaged, delete it, and fill again"
@@ -220,8 +222,7 @@ def lock(folder, name=".lock"):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            note = f"waiting for another process, which writes into '{folder}'"
-            print(note, file=sys.stderr)
+            print(f"waiting for another process, which writes into '{folder}'", file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
             note = f"'{folder}' cannot be locked ({error.strerror}): use it from one process only"
