@@ -22,7 +22,6 @@ In comments: B batch, S samples, T frames, C channels of the CNN, D width, A att
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import json
@@ -30,6 +29,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 
@@ -37,10 +37,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.utils.peft_utils import find_adapter_config_file
-from transformers.utils.versions import require_version
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 PADDINGS = ("paper", "exact")  # See EmotionModel.
@@ -196,11 +193,11 @@ class EmotionModel(nn.Module):
         """The CNN: (B, S) -> (B, T, C)."""
         cnn = self.encoder.feature_extractor
         if self.padding == "paper" or self.encoder.config.feat_extract_norm == "layer":
-            return cnn(wave).transpose(1, 2)
+            return cnn(wave).mT
         # Base encoders have a GroupNorm over time here: zeros after a waveform would change every
         # frame of it, so each waveform goes through the CNN alone.
         alone = [cnn(row[None, :n])[0].T for row, n in zip(wave, samples)]  # each (T, C)
-        return pad_sequence(alone, batch_first=True)
+        return nn.utils.rnn.pad_sequence(alone, batch_first=True)
 
     def mask(self, hidden, frames):
         """(B, T) bool, which frames count: in "exact" padding the true ones, else all."""
@@ -430,15 +427,15 @@ def read_config(name):
     transformers.logging.disable_progress_bar()
     hint = "" if os.path.isdir(name) else " (no folder here: give its place by --model)"
     with blame(f"{name}{hint}"):
-        require_version("transformers>=4.57")
+        transformers.utils.versions.require_version("transformers>=4.57")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **OVERRIDES)
         check_encoder(config)
-        if find_adapter_config_file(name):
+        if transformers.utils.find_adapter_config_file(name):
             raise ValueError("it holds adapter_config.json: merge its adapter, else it is lost")
         return config
 
 
-@contextlib.contextmanager
+@contextmanager
 def blame(path):
     """Yield a path. Any exception meanwhile becomes a ValueError of one line that names it: most
     likely the file is damaged, foreign or missing."""
@@ -515,7 +512,7 @@ def load_run(run, name=None):
 MEMORY_IS_FULL = "MemoryError|out of memory|allocate memory|ALLOC_FAILED|unable to find an engine"
 
 
-@contextlib.contextmanager
+@contextmanager
 def explain_memory(advice):
     """Where memory is full, in whichever words a library says that: MemoryError of one line, with
     advice."""
