@@ -414,14 +414,13 @@ def make_datasets(args, model, utterances, config):
         exchange("filled")  # All processes wait here until the cache is filled.
         entries, fingerprint, seconds = cache.read_entries(args.cache)
         utterances = [u for u in utterances if u.name in entries]
-    # A CCC needs two utterances, and each process a share of every batch of training.
-    data.require(utterances, args.splits, max(2, PROCESSES))
-    if args.cached:  # and, as is known now, the cache is not empty
         config |= {
-            "cache": "cut {cut}, {dtype}".format(**fingerprint),
+            "cache": f"cut {model.cut}, {fingerprint.get('dtype')}",  # None: nothing is usable
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
             "fill_seconds": seconds,
         }
+    # A CCC needs two utterances, and each process a share of every batch of training.
+    data.require(utterances, args.splits, max(2, PROCESSES))
     datasets = {}
     for split in args.splits:
         part = [u for u in utterances if u.split == split]
