@@ -120,8 +120,10 @@ def score_test(args, model, dataset, config, history, best):
             for u, units in zip(dataset.utterances, predictions.tolist(), strict=True):
                 write(u, units)
         write_json(args, "result.json", config | result)
-    text = f"{args.splits[2]} with epoch {best['epoch']}: {format_scores(scores)}"
-    print(f"{text}  ({args.out}/result.json)")
+    print(
+        f"{args.splits[2]} with epoch {best['epoch']}: {format_scores(scores)}"
+        f"  ({args.out}/result.json)"
+    )
 
 
 def train_epoch(model, dataset, optimizer, scaler, args, epoch):
@@ -528,11 +530,13 @@ def write_json(args, name, content):
 
 def report_epoch(line, is_best, args):
     """Print what metrics.jsonl says of an epoch, and how long the remaining ones will take."""
-    text = f"epoch {line['epoch']}/{args.epochs}, {line['steps']} steps: loss {line['loss']:.4f},"
-    text += f" {args.splits[1]} {format_scores(line['dev'])}{' (best)' * is_best}"
     seconds = line["train_seconds"] + line["eval_seconds"]
     left = timedelta(seconds=round((args.epochs - line["epoch"]) * seconds))
-    print(f"{text}, {seconds:.1f} s, {left} left")
+    print(
+        f"epoch {line['epoch']}/{args.epochs}, {line['steps']} steps: loss {line['loss']:.4f},"
+        f" {args.splits[1]} {format_scores(line['dev'])}{' (best)' * is_best},"
+        f" {seconds:.1f} s, {left} left"
+    )
 
 
 def format_scores(scores):
