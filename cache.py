@@ -39,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-SHARD_BYTES = 256 * 2**20  # About an hour of speech. An interruption loses at most one shard.
+SHARD_BYTES = 128 * 2**20  # About half an hour of speech. An interruption loses at most one shard.
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -96,7 +96,8 @@ def as_stored(name, hidden, dtype):
     """Hidden states as a shard takes them. ValueError if they cannot be used."""
     # A copy, because the caller may reuse its tensor for the next utterance.
     hidden = hidden.detach().to("cpu", dtype, copy=True).contiguous()
-    if hidden.ndim != 2 or not (len(hidden) and hidden.isfinite().all()):
+    total = hidden.sum(dtype=torch.float32)  # Not finite if an element is not: a fast test.
+    if hidden.ndim != 2 or not (len(hidden) and total.isfinite()):
         reason = f"not (T, D), empty, NaN, or too great for {dtype} (--dtype float32)"
         raise ValueError(f"'{name}': {reason}")
     return hidden
