@@ -193,6 +193,11 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --out encoder", "'encoder' holds no run, and ['config.json']"),
     (None, f"{FILL} --splits train", "split 'train' has 0 usable utterances"),
     (lambda: write("x.csv", OURS), f"{SPLIT} --split Tset2 --csv x.csv", "split 'Tset2' has 0"),
+    (
+        lambda: (write("x.csv", OURS + b"a,1,1,1,1\n"), os.rename("corpus/Audios", "late")),
+        f"{SPLIT} --csv x.csv",
+        "No such file or directory: 'corpus/Audios'",
+    ),
     (None, "cache --out gone --verify", "'gone' holds no cache"),
     (None, "cache --out gone", "--data is required"),
     (None, f"{TRAIN} --seed 100000000000000000000", "--seed"),
