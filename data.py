@@ -346,7 +346,9 @@ def open_predictions(path, attributes, scale, windows=False, labels=True):
     if path and os.path.isfile(path):  # and no pipe or device, which nothing can be lost from
         with open(path, errors="replace") as old:
             if old.readline(len(start)) not in (start, ""):  # "" is of an empty file
-                raise ValueError(f"'{path}' is another kind of file: move it away, or give another name")
+                raise ValueError(
+                    f"'{path}' is another kind of file: move it away, or give another name"
+                )
 
     def write(u, units, bounds=()):
         values = [low + (high - low) * unit for unit in [*units, *u.labels]]
