@@ -6,8 +6,8 @@ The paper has three steps. The first, storing the hidden states of each utteranc
 which computes them, and `fill`. The second, making batches, is CachedDataset, which reads them, and
 train.load_chunks, which pads them. The third, training, is the rest of train.py.
 
-A folder holds shards, and each shard describes itself. It is a file of Hugging Face's format
-safetensors, whose tensors have the names of the utterances, and no padding. Its metadata say what
+A folder holds shards, and each shard describes itself. It is a file in Hugging Face's format
+safetensors. Each of its tensors has the name of an utterance, and no padding. Its metadata say what
 they were made from, and hold a checksum of each. There is no index that could disagree with them,
 and nothing is unpickled. All above the line `# ---- command line ----` needs no other file of this
 project: copy it.
@@ -199,7 +199,7 @@ class CachedDataset:
 def atomic(path, mode="wb"):
     """Open a file that appears at `path`, a Path, whole or not at all. OSError if it cannot be
     written."""
-    # It is hidden until then. Of several processes, each has one of its own.
+    # The file is hidden until then. Of several processes, each has one of its own.
     temporary = f"{path.parent}/.{path.name}.{os.environ.get('RANK', '0')}.tmp"
     try:
         with open(temporary, mode) as file:
@@ -209,9 +209,8 @@ def atomic(path, mode="wb"):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError.
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write '{path}': is the disk full? What was there is kept ({error!r})"
-        ) from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"cannot write '{path}': {reason}; what was there is kept") from error
 
 
 @contextlib.contextmanager

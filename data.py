@@ -1,5 +1,6 @@
-"""MSP-Podcast from disk (section III): audio, labels, a Dataset, and a synthetic corpus in the same
-layout. Everything above the command line stands alone: copy it. As a command:
+"""MSP-Podcast from disk (section III): audio, labels, a Dataset, files of predictions, and a
+synthetic corpus in the same layout. Everything above the command line stands alone: copy it. As a
+command:
 
     python data.py MSP-Podcast   # a table of splits, then any problems, with exit status 1
     python data.py --demo synth  # write the synthetic corpus synth/ and a tiny encoder in it
@@ -43,8 +44,8 @@ class Utterance(NamedTuple):
     path: str
     split: str = ""
     # A floats, on 0 to 1 for the ends of the scale (section III), as are targets and predictions.
-    # Only files and the screen have numbers on the scale itself. In Test3 whatever stands there,
-    # NaN for nothing.
+    # Only files and the screen have numbers on the scale itself. Those of Test3 are not checked, as
+    # they are withheld: NaN.
     labels: tuple = ()
     samples: int = 0  # at the encoder's sample rate, set by `check_audio`
 
@@ -127,8 +128,8 @@ def find(root, names):
 
 
 def to_unit(cell, low, high):
-    """A label -> 0 to 1 for low to high, and so beyond 0 to 1 for one that is beyond them; NaN if
-    it is no number. It is rounded first, as a mean of ratings may be 7.000000000000001."""
+    """A label -> 0 to 1 for low to high, and beyond that for one beyond them; NaN if it is no
+    number. It is rounded first, as a mean of ratings may be 7.000000000000001."""
     try:
         return (round(float(cell), 9) - low) / (high - low)
     except ValueError:
@@ -182,7 +183,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
         split = OLD_SPLITS.get(split, split)
         labels = tuple(to_unit(cell, low, high) for cell in cells)
         if split not in SPLITS:
-            kind = f"unknown split; in Split_Set is to be one of {SPLITS}"
+            kind = f"unknown split; Split_Set is to be one of {SPLITS}"
         elif split not in splits:
             continue
         elif "/" in name or "\0" in name or len(name) > 255:  # ../other.wav
@@ -301,7 +302,7 @@ def find_audio(paths):
 
     found = []
     others = Counter()
-    for top in paths:
+    for top in map(str, paths):
         if not os.path.isdir(top):
             os.stat(top)  # an OSError where there is nothing
             found.append(Utterance(top, top))
@@ -314,8 +315,8 @@ def find_audio(paths):
             else:
                 found.append(Utterance(name if len(paths) == 1 else path, path))
     if others:
-        kinds = dict(others.most_common(9))
-        print(f"left out, hidden or no audio: {others.total()}, {kinds}", file=sys.stderr)
+        kinds = [f"{n} {suffix}" for suffix, n in others.most_common()]
+        print(f"left out, hidden or no audio: {some(kinds, 9)}", file=sys.stderr)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no audio files")
     return found
@@ -492,11 +493,12 @@ def read_blocks(sound, file, start=0.0, stop=None):
     expected = samples
     decoded = file.tell()  # in bytes: libsndfile reads this very file, so it has read up to here
     rest = file.read()
-    if rest.startswith(b"APETAGEX"):  # A tag, of title and artist, is no sound. It has its length.
+    # A tag, of title and artist, is no sound. One of this kind tells its own length.
+    if rest.startswith(b"APETAGEX"):
         rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
     if sound.format in ("MP3", "FLAC", "OGG", "AU"):  # Others may have more than sound.
         expected += samples * len(rest) / decoded
-    # Of MP3s that are whole, libsndfile may leave two frames, which are up to .11 s.
+    # Of whole MP3s, libsndfile left up to .11 s in the files that were tried.
     if max(sound.frames - samples, expected - sound.frames) > 0.2 * rate:
         raise ValueError(LENGTH)
 

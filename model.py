@@ -112,7 +112,7 @@ class EmotionModel(nn.Module):
                 layer.attention.torch_multi_head_self_attention = attend
         if not self.is_wavlm:
             encoder.set_attn_implementation("sdpa")  # It takes our mask of booleans as it is.
-        freeze(self, "full")  # This is how a new model is trained. Call `freeze` for another way.
+        freeze(self, "full")  # Call `freeze` again to train less.
 
     def forward(self, wave, samples):
         return self.suffix(*self.prefix(wave, samples))
@@ -217,8 +217,8 @@ class EmotionModel(nn.Module):
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
-        # The projection's bias is in masked frames, too, and the convolution would carry it into
-        # true ones. Alone, an utterance has zeros there: the convolution's own padding.
+        # The projection's bias is in frames that do not count, too, and the convolution would carry
+        # it into true ones. Alone, an utterance has zeros there: the convolution's own padding.
         hidden = hidden * mask[..., None]
         hidden = hidden + transformer.pos_conv_embed(hidden)
         if not self.norm_last:
@@ -541,10 +541,11 @@ def predict(args):
         splits = [args.split or "Test1"]
         scale = args.scale or model.scale
         found = data.read_corpus(args.data, model.attributes, scale, splits)
-        utterances = data.usable(found, True, splits)
+        utterances = data.usable(found, skip_bad=True, splits=splits)
         _, problems = found
         failed = bool(problems)
-        os.listdir(os.path.dirname(utterances[0].path))  # An OSError if its disk is not mounted.
+        # Without its audio folder, this is an OSError, and no line for each utterance.
+        os.listdir(os.path.dirname(utterances[0].path))
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:  # else a bar would stand among the rows

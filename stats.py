@@ -86,8 +86,8 @@ def mark_attribute(rows, attribute):
     for row in rows:
         twin = find_uncached(row, rows, {key: row[key] for key in TRAINED})
         if row["cached"] and twin:
-            # In the paper, cached rows have no ANOVA and no correction. Of two rows, neither
-            # changes a thing: the p value of the ANOVA is that of the one t-test.
+            # In the paper, these t-tests are not corrected (section V). Here neither a correction
+            # nor an ANOVA changes a thing, as an ANOVA of two rows has the p value of their t-test.
             lines += mark_family(twin, [row], attribute)
     return lines
 

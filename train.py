@@ -417,7 +417,8 @@ def make_datasets(args, model, utterances, config):
         entries, fingerprint, seconds = cache.read_entries(args.cache)
         utterances = [u for u in utterances if u.name in entries]
         config |= {
-            "cache": f"cut {model.cut}, {fingerprint.get('dtype')}",  # None: nothing is usable
+            # The dtype is None if nothing could be filled, which is refused below.
+            "cache": f"cut {model.cut}, {fingerprint.get('dtype')}",
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
             "fill_seconds": seconds,
         }

@@ -692,6 +692,10 @@ def test_a_run_elsewhere(small, encoder, tmp_path):
         amend(run / "config.json", best["settings"] | change)
         with pytest.raises(ValueError, match="best.pt.* another method or number of layers"):
             models.load_run(run, encoder)
+    settings = best["settings"] | {"scale": [1, 5]}
+    torch.save(best | {"settings": settings}, run / "best.pt")
+    amend(run / "config.json", settings)
+    assert models.load_run(run, encoder).scale == [1, 5]
     torch.save([best], run / "best.pt")
     with pytest.raises(ValueError, match="best.pt' cannot be used"):
         models.load_run(run, encoder)
