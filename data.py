@@ -148,9 +148,10 @@ def read_table(path, columns=()):
         try:
             header = next(lines, [])
             for column in ["FileName", *columns, *filter(None, header)]:
-                if header.count(column) != 1:
-                    reason = f"no column {column!r}, or two, in its first line, {header[:20]}"
-                    raise ValueError(f"'{path}': {reason}; separate columns by commas")
+                count = header.count(column)
+                if count != 1:
+                    reason = f"{count} columns {column!r} in its first line, {header[:20]}"
+                    raise ValueError(f"'{path}': {reason}; give it one, between commas")
             for cells in filter(any, lines):  # An empty line may have commas.
                 row = dict(zip(header, cells))
                 if len(cells) != len(header):
@@ -169,9 +170,10 @@ def read_table(path, columns=()):
 def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
     """Rows of a label file -> ([Utterance], problems), of some splits. A row of a split that is not
     in SPLITS is a problem, whichever are asked for. Problems are {what is wrong: [where]}; names
-    and cells are quoted in it, as they may hold anything. The audio is not looked at. OSError or
-    ValueError where the file cannot be read as a table."""
-    low, high = scale
+    and cells are quoted in it, as they may hold anything. The audio is not looked at. With `scale`
+    None, labels stay as they are, NaN where they are no number. OSError or ValueError where the
+    file cannot be read as a table."""
+    low, high = scale or (0, 1)
     if not -1e9 < low < high < 1e9:
         raise ValueError(f"--scale {low} {high}: give two numbers, the least label first")
     folder = find(root, AUDIO_FOLDERS)
@@ -188,7 +190,7 @@ def read_corpus(root, attributes=PAPER, scale=SCALE, splits=SPLITS):
             continue
         elif "/" in name or "\0" in name or len(name) > 255:  # ../other.wav
             kind = "not the plain name of a file; correct FileName"
-        elif split != "Test3" and not all(0 <= unit <= 1 for unit in labels):
+        elif scale and split != "Test3" and not all(0 <= unit <= 1 for unit in labels):
             kind = f"label missing, no number, or not from {low:g} to {high:g} (--scale)"
         else:
             utterances.append(Utterance(name, f"{folder}/{name}", split, labels))
@@ -304,7 +306,6 @@ def find_audio(paths):
     others = Counter()
     for top in map(str, paths):
         if not os.path.isdir(top):
-            os.stat(top)  # an OSError where there is nothing
             found.append(Utterance(top, top))
             continue
         for path in walk(top, fail):
@@ -391,10 +392,8 @@ DEFECTS = (
     "Last page lacks|Junk after the last page|reports a hole|Unknown chunk marker.*Exiting parser"
 )
 REWRITE = "`ffmpeg -i OLD NEW.wav` rewrites it"
-LENGTH = (
-    "truncated, damaged, empty, or of a length that cannot be checked; fetch it again, or if it"
-    f" plays to its end, {REWRITE} (a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
-)
+FETCH = f"fetch it again, or if it plays to its end, {REWRITE}"
+IGNORE = "(a WAV: `ffmpeg -ignore_length 1 -i OLD NEW.wav`)"
 
 
 @contextmanager
@@ -416,10 +415,7 @@ def open_sound(source):
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
             # soundfile raises a TypeError for an open file whose name ends in .raw. And some
             # codecs, GSM for one, cannot seek: those are "not to be read in pieces".
-            reason = (
-                "damaged, no audio, or not to be read in pieces; fetch it again, or if it plays"
-                f" to its end, {REWRITE}"
-            )
+            reason = f"damaged, no audio, or not to be read in pieces; {FETCH}"
             if isinstance(error, ValueError):
                 reason = error
             name = str(getattr(file, "name", "a file in memory"))
@@ -446,18 +442,21 @@ def judge_header(sound):
     """ValueError "reason; remedy" where a header, or what libsndfile noted about it, tells that
     the sound cannot be used."""
     rate = sound.samplerate
+    frames = sound.frames
     claim = CLAIM.search(sound.extra_info)
     if not 1000 <= rate <= 384000:
         raise ValueError("impossible sample rate; correct its header")
-    if (
-        sound.format not in CONTAINERS
-        or not 0 < sound.frames < 2**40  # An unknown number is told as a huge one.
-        # The header claims over .01 s more than there is. Less is let pass, because some writers
-        # count the header itself as sound.
-        or (claim and (int(claim[1]) / int(claim[2]) - 1) * sound.frames > 0.01 * rate)
-        or re.search(DEFECTS, sound.extra_info)
-    ):
-        raise ValueError(LENGTH)
+    if frames == 0:
+        raise ValueError(f"its header tells of no sound; {FETCH} {IGNORE}")
+    if frames >= 2**40:  # This is how libsndfile tells that a header lacks the number.
+        raise ValueError(f"its header does not tell its length; {REWRITE}")
+    if sound.format not in CONTAINERS:
+        raise ValueError(f"in {sound.format}, a missing end would not be noticed; {REWRITE}")
+    # Less than .01 s is let pass, because some writers count the header itself as sound.
+    if claim and (int(claim[1]) / int(claim[2]) - 1) * frames > 0.01 * rate:
+        raise ValueError(f"truncated: its header tells of more sound; {FETCH}")
+    if re.search(DEFECTS, sound.extra_info):
+        raise ValueError(f"damaged, truncated, or longer than its header tells; {FETCH} {IGNORE}")
 
 
 def read_blocks(sound, file, start=0.0, stop=None):
@@ -496,11 +495,15 @@ def read_blocks(sound, file, start=0.0, stop=None):
     # A tag, of title and artist, is no sound. One of this kind tells its own length.
     if rest.startswith(b"APETAGEX"):
         rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
-    if sound.format in ("MP3", "FLAC", "OGG", "AU"):  # Others may have more than sound.
+    # In other containers more may follow than sound: in AIFF and CAF, chunks with names in ASCII.
+    sure = ["MP3", "FLAC", "OGG", "AU"]
+    if not re.match(rb"\0?(?!caff)[ -~]{4}", rest):
+        sure += ["AIFF", "CAF"]
+    if sound.format in sure:
         expected += samples * len(rest) / decoded
     # Of whole MP3s, libsndfile left up to .11 s in the files that were tried.
     if max(sound.frames - samples, expected - sound.frames) > 0.2 * rate:
-        raise ValueError(LENGTH)
+        raise ValueError(f"truncated, joined, or damaged: its header tells another length; {FETCH}")
 
 
 def measure(path, sample_rate=16000, limited=True):
@@ -627,25 +630,28 @@ def make_demo(root):
 # ---- command line ----
 
 
-def print_splits(utterances, low, high):
-    """A line a split: utterances, hours, the least and the greatest label of activation and of
-    valence. If all labels stay far below the end of the scale, it is probably another one: a note
-    says so."""
-    greatest = low
+def print_splits(good, labelled, low, high):
+    """A line a split: usable utterances, hours, the least and the greatest label of activation and
+    of valence, usable or not. Where labels lie beyond the scale, or all stay far below its end, it
+    is probably another one: a note says so."""
+    every = []
     for split in SPLITS:
-        part = [u for u in utterances if u.split == split]
-        if not part:
+        part = [u for u in good if u.split == split]
+        labels = np.array([u.labels for u in labelled if u.split == split])  # (N, A)
+        if not len(labels):
             continue
         hours = sum(u.samples for u in part) / 16000 / 3600
         line = f"{split:12}{len(part):8,} utterances{hours:8.2f} h"
-        values = low + (high - low) * np.array([u.labels for u in part])  # (N, A)
-        for attribute, column in zip(PAPER, values.T):
-            line += f"  {attribute} {column.min():g} to {column.max():g}"
+        for attribute, column in zip(PAPER, labels.T):
+            known = column[np.isfinite(column)]
+            if len(known):  # Those of Test3 are withheld.
+                line += f"  {attribute} {known.min():g} to {known.max():g}"
+                every += known.tolist()
         print(line)
-        greatest = np.nanmax(values, initial=greatest)  # Labels that are withheld are NaN.
-    if low < greatest <= low + 0.75 * (high - low):
-        scale = f"--scale {low:g} {math.ceil(greatest)}"
-        print(f"note: no label above {greatest:g}; is that the scale? {scale}")
+    least = math.floor(min(every, default=low))
+    greatest = math.ceil(max(every, default=high))
+    if least < low or not low + 0.75 * (high - low) < greatest <= high:
+        print(f"note: labels lie from {least} to {greatest}: is that --scale {least} {greatest}?")
 
 
 def main(argv=None):
@@ -663,7 +669,8 @@ def main(argv=None):
     utterances, bad_rows = read_corpus(args.root, scale=args.scale)
     good, bad_files = check_audio(utterances)
     problems = bad_rows | bad_files
-    print_splits(good, *args.scale)
+    labelled, _ = read_corpus(args.root, scale=None)
+    print_splits(good, labelled, *args.scale)
     listened = progress(good, "listening")
     constant = [repr(u.name) for u in listened if is_constant(load_audio(u.path))]
     if constant:

@@ -170,18 +170,15 @@ def test_rows_that_are_problems(tmp_path):
 
 GOOD = HEADER + "\na.wav,N,4,4,,1,F,Train\n"
 FILES = [  # bytes of a label file, what is said of it
-    (b"", ": no column 'FileName', or two, in its first line, \\[]; "),
-    (
-        HEADER.replace(",", ";").encode(),
-        "no column 'FileName', .*separate columns by commas",
-    ),
-    (HEADER.replace("EmoVal", "V").encode(), ": no column 'EmoVal', or two, in .*'V'"),
+    (b"", ": 0 columns 'FileName' in its first line, \\[]; "),
+    (HEADER.replace(",", ";").encode(), "0 columns 'FileName' in .*; give it one, between commas"),
+    (HEADER.replace("EmoVal", "V").encode(), ": 0 columns 'EmoVal' in .*'V'"),
     ((GOOD + "d.wav,N,4").encode(), "has to be corrected: line 3: 3 cells, not 8"),
     (
         (GOOD + "\ne.wav,N,4,4,,1,F,Train,7\nf").encode(),
         "line 4: 9 cells, .*line 5: 1 cells, not 8",
     ),
-    ((GOOD.replace("EmoClass", "EmoVal")).encode(), ": no column 'EmoVal', or two"),
+    ((GOOD.replace("EmoClass", "EmoVal")).encode(), ": 2 columns 'EmoVal' in "),
     ((GOOD + "a.wav,N,4,4,,1,F,Train").encode(), "line 3: a second row of 'a.wav'"),
     ((GOOD + "ä.wav").encode("latin-1"), "save it as CSV in UTF-8"),
     (HEADER.encode("utf-16"), "save it as CSV in UTF-8"),
@@ -361,7 +358,7 @@ def test_truncated(kind, subtype, tmp_path):
     content = (tmp_path / "x").read_bytes()
     for size in (len(content) // 2, len(content) * 9 // 10):
         (tmp_path / "x").write_bytes(content[:size])
-        assert re.match("truncated, |damaged", check_file(tmp_path / "x"))
+        assert re.match("truncated|damaged", check_file(tmp_path / "x"))
 
 
 def change(content, place, new):
@@ -382,7 +379,7 @@ def test_damaged_in_the_middle(kind, subtype, tmp_path):
     for place in np.linspace(2 * size, len(content) - size, 300).astype(int):
         (tmp_path / "x").write_bytes(change(content, place, content[place - size : place]))
         said = check_file(tmp_path / "x")
-        assert re.match("truncated, |damaged|NaN", str(said)) or abs(said - 48000) < 2500
+        assert re.match("truncated|damaged|NaN", str(said)) or abs(said - 48000) < 2500
 
 
 MINUTE = {"wave": np.resize(NOISE, 59 * 8000), "rate": 8000, "kind": "MP3"}
@@ -391,20 +388,24 @@ SIZES = [2**32 - 1, 0x7FFFF000, 32016, 32028, 32044]  # ffmpeg's and SoX's strea
 TAGS = [b"TAG" + bytes(125), b"APETAGEX" + bytes(4) + (5000).to_bytes(4, "little") + bytes(5016)]
 SOUNDS = [  # container, what is done to a second of sound, what is said of it, or its samples
     *(("WAV", lambda c, n=n: change(c, 40, n.to_bytes(4, "little")), "16000") for n in SIZES),
-    ("WAV", lambda c: change(c, 40, bytes(4)), "truncated, .*empty, .*`ffmpeg -ignore_length 1"),
-    ("WAV", lambda c: change(c, 40, b"\x00\x10\0\0"), "truncated, .*`ffmpeg"),
-    ("WAV", lambda c: change(c, 24, (8000000).to_bytes(4, "little")), "impossible sample rate"),
     (
-        "FLAC",
-        lambda c: change(c, 21, b"\xf0\0\0\0\0"),
-        "truncated, .*length that cannot be checked.*`ffmpeg",
+        "WAV",
+        lambda c: change(c, 40, bytes(4)),
+        "its header tells of no.*`ffmpeg -ignore_length 1",
     ),
+    ("WAV", lambda c: change(c, 40, b"\x00\x10\0\0"), "damaged, .*longer than its header.*`ffmpeg"),
+    ("WAV", lambda c: change(c, 24, (8000000).to_bytes(4, "little")), "impossible sample rate"),
+    ("FLAC", lambda c: change(c, 21, b"\xf0\0\0\0\0"), "its header does not tell.*`ffmpeg"),
     ("WAV", lambda c: c + b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), "16000"),
-    ("WAV", lambda c: change(c, 40, (33600).to_bytes(4, "little")), "truncated"),  # lacks .05 s
-    *((kind, lambda c: c + c, "truncated, .*`ffmpeg") for kind in ("MP3", "FLAC", "OGG", "AU")),
+    ("WAV", lambda c: change(c, 40, (33600).to_bytes(4, "little")), "truncated: "),  # lacks .05 s
+    *((kind, lambda c: c + c, "truncated, jo.*`ffmpeg") for kind in ["MP3", "FLAC", "OGG", "AU"]),
+    ("CAF", lambda c: c + c, "truncated, joined, "),
+    ("CAF", lambda c: c + b"free" + (40000).to_bytes(8) + bytes(40000), "16000"),
+    ("AIFF", lambda c: c + b"ID3 " + (40000).to_bytes(4) + bytes(40000), "16000"),
+    ("AIFF", lambda c: c.replace(b"SSND\0\0\x7d\x08", b"SSND\0\0\x1d\x08"), "truncated, joined, "),
     *(("MP3", lambda c, tag=tag: c + tag, "16000") for tag in TAGS),
     *(("MP3", lambda c, tag=tag: c + tag + c, "truncated, .*`ffmpeg") for tag in TAGS),
-    ("NIST", bytes, "truncated, .*`ffmpeg"),
+    ("NIST", bytes, "in NIST, a missing end .*`ffmpeg"),
     ("WAV", lambda c: b"\0\0\0\x1cftypM4A " + c, "damaged, no audio, .*`ffmpeg"),
 ]
 SOUNDS = [({**SECOND, "kind": kind, "alter": alter}, said) for kind, alter, said in SOUNDS]
@@ -460,8 +461,6 @@ def test_find_audio(tmp_path, capsys, monkeypatch):
     alone = str(top / "b.WAV")
     both = data.find_audio([str(tmp_path / "out"), alone])
     assert [u.name for u in both] == [str(tmp_path / "out" / "h.mp3"), alone]
-    with pytest.raises(FileNotFoundError, match="x.wav"):
-        data.find_audio([alone, "x.wav"])
     with pytest.raises(ValueError, match="no audio files"):
         data.find_audio([])
     scan = os.scandir
@@ -527,7 +526,8 @@ def test_command(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["Train", "2", "utterances"]
     assert lines[0].endswith("activation 1 to 2  valence 3 to 5")
-    assert "--scale 1 5" in lines[4] and lines[5].endswith("'b.wav'") and lines[6] == "no problems"
+    assert lines[3].startswith("Test3 ") and lines[3].endswith(" h")  # Its labels are withheld.
+    assert "--scale 1 5?" in lines[4] and lines[5].endswith("'b.wav'") and lines[6] == "no problems"
     write_corpus(tmp_path / "8", [*rows, *others[:3]])
     with pytest.raises(ValueError, match="split 'Test1' has 1 usable utterances"):
         data.main([str(tmp_path / "8")])
@@ -540,3 +540,4 @@ def test_command(tmp_path, capsys):
     assert exit.value.code == 1 and "no problems" not in output
     assert re.search("'a.wav': no such file, .*; alike: '.*/A.flac'", output)
     assert "from 1 to 7 (--scale): 1\n  'Train' 'b.wav' ['4', '9']" in output
+    assert "activation 1 to 4  valence 7 to 9" in output and "is that --scale 1 9?" in output

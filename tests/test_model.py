@@ -613,6 +613,24 @@ def test_saved_run(run, corpus, score):
             assert float(found[name][column]) == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_another_sample_rate(cached, encoder, launch, corpus, score, tmp_path):
+    """An encoder that was trained at 8 kHz gets that: in training, from a cache, and in `predict`
+    the predictions are those of the sound at 8 kHz."""
+    shutil.copytree(encoder, tmp_path / "encoder")
+    path = tmp_path / "encoder" / "preprocessor_config.json"
+    path.write_text(path.read_text().replace("16000", "8000"))
+    options = ["--model", path.parent, "--padding", "exact", "--layers", 3]
+    launch(tmp_path / "run", *options, *["--cache", tmp_path / "cache"][: 2 * cached])
+    model = models.load_run(tmp_path / "run")
+    for rows in (read_csv(tmp_path / "run/predictions-Test1.csv"), score(tmp_path / "run", corpus)):
+        for row in rows[-8:]:
+            wave = data.load_audio(f"{corpus}/Audios/{Path(row['FileName']).name}", 8000)
+            units = model(torch.from_numpy(wave)[None], [len(wave)])[0]
+            found = [(float(row[column]) - 1) / 6 for column in ("Act", "Val")]
+            assert found == pytest.approx(units.tolist(), abs=5e-3 if cached else 1e-4)
+
+
 @torch.no_grad()
 def test_export(run, corpus, score, tmp_path):
     """What `predict` says is what the exported folder says, LoRA merged: its family's class of
@@ -756,6 +774,10 @@ def test_bad_files_do_not_stop_it(small, corpus, tmp_path, capfd, monkeypatch):
     assert err.count("constant sound") == err.count("4.wav") == err.count("padded batches") == 1
     names = ["FileName", "1.wav", "3.wav", "4.wav"]
     assert [line.split(",")[0] for line in out.splitlines()] == names
+    with pytest.raises(SystemExit, match="1"):
+        predict(small, tmp_path / "none.wav", tmp_path / "1.wav")
+    out, err = capfd.readouterr()
+    assert err.count("No such file") == err.count("none.wav") == 1 and len(out.splitlines()) == 2
 
 
 def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):
