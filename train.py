@@ -596,31 +596,33 @@ def parse_args(argv):
     number("--seed", 0, "the paper runs five (%(default)s, section V)", 0, 10**9)
     flag("--resume", help="continue after the last finished epoch, if any")
     names = data.SPLITS[:-1]  # The labels of the last, Test3, are withheld.
-    text = "to train on, choose the epoch by, test on (III)"
+    text = "to train on, choose the epoch by, test on (%(default)s, III)"
     add("--splits", nargs=3, default=names[:3], choices=names, metavar="NAME", help=text)
-    add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help="to predict")
-    add("--scale", nargs=2, type=float, default=data.SCALE, help="ends of the labels' scale (1 7)")
+    text = "to predict (%(default)s, III)"
+    add("--attributes", nargs="+", default=data.PAPER, choices=data.ATTRIBUTES, help=text)
+    text = "ends of the labels' scale (%(default)s, III)"
+    add("--scale", nargs=2, type=float, default=data.SCALE, help=text)
     flag("--skip-bad", help="go on without utterances that cannot be used")
     text = "what is trained (%(default)s, IV-B)"
     add("--method", default="partial", choices=models.METHODS, help=text)
-    number("--layers", None, "the last n transformer layers (partial: 3; lora: all)")
-    number("--rank", 8, "lora: rank of the update (%(default)s)")
-    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s)", 1e-9)
-    number("--lora-dropout", 0.1, "lora: dropout of its input (%(default)s)", 0, 1)
+    number("--layers", None, "the last n transformer layers (partial: 3; lora: all; IV-B)")
+    number("--rank", 8, "lora: rank of the update (%(default)s, IV-B)")
+    number("--alpha", 16.0, "lora: its output is scaled by alpha / rank (%(default)s, IV-B)", 1e-9)
+    number("--lora-dropout", 0.1, "lora: dropout of its input (%(default)s, IV-B)", 0, 1)
     number("--dropout", 0.2, "before the head (%(default)s, IV-A)", 0, 1)
-    text = "fp16 on CUDA, as in the paper; on a CPU bf16 if it has instructions for it, else fp32"
+    text = "fp16 on CUDA (IV-B); on a CPU bf16 if it has instructions for it, else fp32"
     add("--precision", choices=PRECISIONS, help=text)
     add("--cache", help="train from this cache, and fill first what it lacks (IV-C)")
-    flag("--freeze-embedding", help="partial: freeze all that a cache freezes")
-    text = "paper: the mean is over padding, too; exact: as if alone (default: %(default)s)"
+    flag("--freeze-embedding", help="partial: freeze all that a cache freezes (IV-C)")
+    text = "paper: the mean is over padding, too (IV-B); exact: as if alone (%(default)s)"
     add("--padding", default="paper", choices=models.PADDINGS, help=text)
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
     flag("--recompute", help="compute activations twice, keep few (II-D)")
     number("--epochs", 5, "passes over the training split (%(default)s, IV-D)")
-    number("--batch-size", 32, "utterances in the loss, of all processes together (%(default)s)")
+    number("--batch-size", 32, "utterances in the loss, of all processes (%(default)s, IV-D)")
     number("--eval-batch-size", None, "in paper padding it changes scores (--batch-size)")
-    number("--lr", 1e-4, "AdamW's learning rate, fixed (%(default)s)", 1e-9)
+    number("--lr", 1e-4, "AdamW's learning rate, fixed (%(default)s, IV-D)", 1e-9)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     number("--workers", 2, "threads that load data ahead of the model (%(default)s)")
     args = parser.parse_args(argv)
@@ -663,10 +665,10 @@ def resolve(args):
 
 
 def choose_precision(device):
-    """Mixed precision where it is faster, and the reason: fp16 on a GPU, as in the paper, and bf16
+    """Mixed precision where it is faster, and the reason: fp16 on a GPU, and bf16
     on a CPU that has instructions for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
-        return "fp16", "as in the paper"
+        return "fp16", "mixed, as in the paper"
     # An older PyTorch has no such function: `dict` then stands in for it, and says nothing.
     able = getattr(torch.cpu, "get_capabilities", dict)()
     if able.get("avx512_bf16") or able.get("amx_bf16"):
