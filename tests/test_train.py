@@ -1,6 +1,7 @@
 """The loop: exact batches in any memory, every row of Table I end to end, resuming to the bit."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -533,6 +534,10 @@ def test_console(launch, tmp_path, capsys):
     line += rf"Development {scores}( \(best\))?, [\d.]+ s, 0:00:\d\d left"
     assert re.fullmatch(line, first) and " (best)" in first and re.fullmatch(line, second)
     assert second.endswith(" 0:00:00 left") and re.match(rf"Test1 with epoch \d: {scores}", end)
+    history = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    epoch = json.loads(history[0]) | {"train_seconds": 50, "eval_seconds": 10}
+    train.report_epoch(epoch, False, SimpleNamespace(epochs=4, splits=["", "Development"]))
+    assert capsys.readouterr().out.endswith(" 60.0 s, 0:03:00 left\n")
 
 
 def test_deleted_epochs(launch, encoder, tmp_path, monkeypatch):
@@ -560,6 +565,16 @@ def test_defaults(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         args = train.parse_args(given)
         assert (args.precision, args.eval_batch_size) == (precision, 6)
+
+
+def test_demo(tmp_path, monkeypatch):
+    """The demo trains the recommended row, on what it writes: from a cache in exact padding. It is
+    in float32, so that `predict`, which is, too, gives what its CSV says."""
+    monkeypatch.setattr(data, "make_demo", os.makedirs)
+    args = vars(train.parse_args(["--demo", "--out", str(tmp_path)]))
+    row = {"method": "partial", "layers": 3, "cached": True, "padding": "exact", "chunk": 4}
+    assert args.items() >= (row | {"precision": "fp32", "resume": True}).items()
+    assert args["data"] == str(tmp_path / "corpus") and os.listdir(tmp_path) == ["corpus"]
 
 
 def test_too_small_splits(launch, corpus, encoder, other_corpus, tmp_path, monkeypatch):
