@@ -132,12 +132,15 @@ WRONG = {  # a predictions file, and what is said of it
     ),
     "a column twice and a cell too many": (
         "FileName,Act,Act,EmoAct a,1,1,1,1 b,2,3,4,5",
-        "no column 'Act', or two, in",
+        "2 columns 'Act' in its first line",
     ),
-    "a column twice": ("FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4", "no column 'Act', or two, in"),
+    "a column twice": (
+        "FileName,Act,Act,EmoAct a,1,1,1 b,2,3,4",
+        "2 columns 'Act' in its first line",
+    ),
     "no labels": ("FileName,Act,Val a,1,1 b,2,2", "--labels"),
     "no predictions": ("FileName,EmoAct,EmoVal a,1,1 b,2,2", "no column Act"),
-    "no names": ("File,Act,EmoAct a,1,1 b,2,2", "no column 'FileName', or two"),
+    "no names": ("File,Act,EmoAct a,1,1 b,2,2", "0 columns 'FileName' in its first line"),
     "one row": ("FileName,Act,EmoAct a,1,1", "fewer than 2 rows"),
     "repeated": ("FileName,Act,EmoAct a,1,1 b,2,2 a,1,1", "line 4: a second row of 'a'"),
 }
