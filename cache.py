@@ -196,13 +196,13 @@ class CachedDataset:
 
 
 @contextlib.contextmanager
-def atomic(path, mode="wb"):
+def atomic(path, mode="wb", encoding=None):
     """Open a file that appears at `path`, a Path, whole or not at all. OSError if it cannot be
     written."""
     # The file is hidden until then. Of several processes, each has one of its own.
     temporary = f"{path.parent}/.{path.name}.{os.environ.get('RANK', '0')}.tmp"
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

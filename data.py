@@ -326,16 +326,11 @@ def find_audio(paths):
 # ---- predictions, in the columns of a label file ----
 
 
-@contextmanager
-def open_predictions(path, attributes, scale, windows=False, labels=True):
-    """Open a CSV file of predictions or, without a path, standard output. Yields the function
-    write(utterance, units, bounds), which writes a row: FileName; with `windows` Start and End, the
-    bounds in seconds; the A predictions; and with `labels` those of the utterance. `units` are
-    predictions on 0 to 1. In the file, they and the labels are on the scale.
-
-    What stands in the file's place is replaced only if it is empty or has the same header: a
-    recording or a label file is not lost.
-    """
+def predictions_writer(file, attributes, scale, windows=False, labels=True):
+    """Write the first line of predictions to an open text file -> write(utterance, units, bounds),
+    which writes a row: FileName; with `windows` Start and End, the bounds in seconds; the A
+    predictions; and with `labels` those of the utterance. `units` are predictions on 0 to 1. In the
+    file, they and the labels are on the scale."""
     low, high = scale
     columns = [ATTRIBUTES[attribute] for attribute in attributes]
     header = ["FileName"]
@@ -344,36 +339,14 @@ def open_predictions(path, attributes, scale, windows=False, labels=True):
     header += columns
     if labels:
         header += [f"Emo{column}" for column in columns]
-    start = ",".join(header) + "\n"
-    if path and os.path.isfile(path):  # and no pipe or device, which nothing can be lost from
-        with open(path, errors="replace") as old:
-            if old.readline(len(start)) not in (start, ""):  # "" is of an empty file
-                raise ValueError(
-                    f"'{path}' is another kind of file: move it away, or give another name"
-                )
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
 
     def write(u, units, bounds=()):
         values = [low + (high - low) * unit for unit in [*units, *u.labels]]
         writer.writerow([u.name, *(f"{value:.6f}" for value in [*bounds, *values])])
 
-    # The name of a file need not be UTF-8, and is written as it is on disk. Each line is written at
-    # once, so that one sees it before the next file's is computed.
-    try:
-        with open(
-            path or 1,  # 1: standard output
-            "w",
-            buffering=1,
-            encoding="utf-8",
-            errors="surrogateescape",
-            closefd=bool(path),
-        ) as file:
-            file.write(start)
-            writer = csv.writer(file, lineterminator="\n")
-            yield write
-    except OSError as error:
-        # A full disk does not say whose file it was.
-        error.filename = error.filename or path or "standard output"
-        raise
+    return write
 
 
 # ---- what can be wrong with a sound file; a reader may skip this ----

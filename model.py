@@ -29,7 +29,7 @@ import math
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 
@@ -548,11 +548,18 @@ def predict(args):
         os.listdir(os.path.dirname(utterances[0].path))
     else:
         utterances = data.find_audio(args.audio)
-    if args.csv:  # else a bar would stand among the rows
-        utterances = data.progress(utterances, "predict")
-    with data.open_predictions(
-        args.csv, model.attributes, model.scale, windows=args.window, labels=args.data
-    ) as write:
+    if args.csv:
+        utterances = data.progress(utterances, "predict")  # Else it would stand among the rows.
+    # A folder's names need not be UTF-8, and are written as they are on disk. A row is written at
+    # once, and no file that is there already is written over.
+    with (
+        open(args.csv, "x", buffering=1, encoding="utf-8", errors="surrogateescape")
+        if args.csv
+        else nullcontext(sys.stdout)
+    ) as file:
+        write = data.predictions_writer(
+            file, model.attributes, model.scale, windows=args.window, labels=args.data
+        )
         for u in utterances:
             try:
                 for units, bounds in predict_file(model, u.path, args.window, args.hop):
@@ -682,7 +689,7 @@ def main(argv=None):
     # Not nargs "*": with it, argparse takes no file where an option stands before the files.
     files = add("audio", nargs="+", help="audio files, and folders of them (or --data)")
     files.required = False  # --data may stand instead.
-    add("--csv", help="write here instead of the terminal")
+    add("--csv", help="write a new file instead of to the terminal")
     add("--window", type=float, help="predict for pieces of so many seconds")
     add("--hop", type=float, help="seconds from a piece's start to the next's (--window)")
     add("--data", help="predict for a split of this corpus, and write its labels beside")
@@ -697,6 +704,8 @@ def main(argv=None):
             args.hop = args.window
         if bool(args.audio) == bool(args.data):
             parser.error("predict takes audio, or --data")
+        if args.csv and os.path.exists(args.csv):
+            parser.error(f"'{args.csv}' is there already: move it away, or give another --csv")
         if (args.split or args.scale) and not args.data:
             parser.error("--split and --scale need --data")
         if args.hop is not None and not 0.1 <= args.hop <= (args.window or 0) < math.inf:

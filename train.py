@@ -115,8 +115,9 @@ def score_test(args, model, dataset, config, history, best):
         "test": scores | {"n": len(dataset)},
     }
     if RANK == 0:
-        path = f"{args.out}/predictions-{args.splits[2]}.csv"
-        with data.open_predictions(path, args.attributes, args.scale) as write:
+        path = args.out / f"predictions-{args.splits[2]}.csv"
+        with cache.atomic(path, "w", "utf-8") as file:
+            write = data.predictions_writer(file, args.attributes, args.scale)
             for u, units in zip(dataset.utterances, predictions.tolist(), strict=True):
                 write(u, units)
         write_json(args, "result.json", config | result)

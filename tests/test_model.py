@@ -798,20 +798,19 @@ def test_full_memory_is_a_line(small, corpus, tmp_path, monkeypatch):
     assert len(read_csv(tmp_path / "scores.csv")) == 1
 
 
-def test_csv_overwrites_only_its_own(small, corpus, tmp_path):
-    """--csv replaces an earlier file of its own or an empty one; a label file and a recording stay
-    as they are."""
+def test_csv_overwrites_nothing(small, corpus, tmp_path, capsys):
+    """--csv takes the name of a new file: a label file, a recording and earlier predictions stay as
+    they are, and a line says so."""
     shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
     sound = min(tmp_path.glob("Audios/*.wav"))
-    before = tree(tmp_path)
-    for path in (tmp_path / "Labels/labels_consensus.csv", sound):
-        with pytest.raises(ValueError, match=path.name):
-            predict(small, sound, "--csv", path)
-    assert tree(tmp_path) == before
-    (tmp_path / "own.csv").touch()
-    for _ in range(2):
-        predict(small, sound, "--csv", tmp_path / "own.csv")
+    predict(small, sound, "--csv", tmp_path / "own.csv")
     assert len(read_csv(tmp_path / "own.csv")) == 1
+    before = tree(tmp_path)
+    for path in (tmp_path / "Labels/labels_consensus.csv", sound, tmp_path / "own.csv"):
+        with pytest.raises(SystemExit):
+            predict(small, sound, "--csv", path)
+        assert f"'{path}' is there already" in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
 
 def test_predict_a_split(small, corpus, score, tmp_path, capfd):

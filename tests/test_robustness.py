@@ -148,7 +148,7 @@ class Hostile:
 
 EVIL = dict.fromkeys(("config", "epoch", "hidden", "settings", "fingerprint"), Hostile())
 CODE = b'"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}'
-OURS, SPLIT = b"FileName,Act,Val,EmoAct,EmoVal\n", "model predict run --model encoder --data corpus"
+SPLIT = "model predict run --model encoder --data corpus"
 TYPE, OPEN = b'"model_type": "wav2vec2"', b"open('executed', 'w')"
 
 BAD = [  # what is spoiled, the command, what the error says
@@ -162,9 +162,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (lambda: swap("last", 5), RESUME, "it is of another run"),
     (lambda: swap("best", 5), PREDICT, "it is of another run than config.json"),
     (lambda: os.remove("run/config.json"), RESUME, "'run' holds no run, and ['metrics.jsonl'"),
-    (None, f"{PREDICT} --csv {LABELS}", "another kind of file"),
-    (None, f"{PREDICT} --csv {CLIP}", "another kind of file"),
-    (None, f"{PREDICT} --csv /dev/full", "No space left on device: '/dev/full'"),
+    (None, f"{PREDICT} --csv {LABELS}", "is there already"),
     (None, PREDICT.replace(CLIP, f"/dev/fd/{os.pipe()[0]}"), "a pipe; save it as a file"),
     (None, "model predict run --model encoder cache", "cache"),
     (lambda: write("x.csv", b"FileName,Act\na,1\na,2\nb,3\n"), "ccc x.csv", "a second row of"),
@@ -192,10 +190,10 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --model ./gone", "'./gone (no folder here"),
     (None, f"{TRAIN} --out encoder", "'encoder' holds no run, and ['config.json']"),
     (None, f"{FILL} --splits train", "split 'train' has 0 usable utterances"),
-    (lambda: write("x.csv", OURS), f"{SPLIT} --split Tset2 --csv x.csv", "split 'Tset2' has 0"),
+    (None, f"{SPLIT} --split Tset2", "split 'Tset2' has 0"),
     (
-        lambda: (write("x.csv", OURS + b"a,1,1,1,1\n"), os.rename("corpus/Audios", "late")),
-        f"{SPLIT} --csv x.csv",
+        lambda: os.rename("corpus/Audios", "late"),
+        SPLIT,
         "No such file or directory: 'corpus/Audios'",
     ),
     (None, "cache --out gone --verify", "'gone' holds no cache"),
