@@ -7,10 +7,10 @@ which computes them, and `fill`. The second, making batches, is CachedDataset, w
 train.load_chunks, which pads them. The third, training, is the rest of train.py.
 
 A folder holds shards, and each shard describes itself. It is a file in Hugging Face's format
-safetensors. Each of its tensors has the name of an utterance, and no padding. Its metadata say what
-they were made from, and hold a checksum of each. There is no index that could disagree with them,
-and nothing is unpickled. All above the line `# ---- command line ----` needs no other file of this
-project: copy it.
+safetensors. Each of its tensors is named after its utterance, and has no padding. Its metadata say
+what they were made from, and hold a checksum of each. There is no index that could disagree with
+them, and nothing is unpickled. All above the line `# ---- command line ----` needs no other file of
+this project: copy it.
 
     python cache.py --data MSP-Podcast --layers 3 --out cache/last-3    # or train.py --cache
     python cache.py --out cache/last-3 --verify                         # read all of it back
@@ -145,9 +145,9 @@ def read_entries(folder):
     fingerprint = {}
     # {process: seconds}. Processes fill side by side, so the slowest one's time is that of all.
     seconds = Counter()
-    # Runs that filled a folder side by side may have stored an utterance twice. Then the shard with
-    # the first name counts, so it comes last here, after the others. What a run of one process has
-    # filled then stays what it is, whatever others add.
+    # Runs that filled a folder side by side may have stored an utterance twice. Shards are read
+    # from the last name to the first, so that the first one's counts. What a run of one process
+    # has filled then stays what it is, whatever others add.
     for path in sorted(Path(folder).glob("shard-*.safetensors"), reverse=True):
         try:
             shard = open_shard(path)
@@ -263,8 +263,8 @@ def fill_missing(folder, model, utterances, args, dtype=None):
     wanted = data.usable(found, args.skip_bad)
     if not wanted:
         return
-    # In another run's fill, the process of the same number writes shards of the same names. What a
-    # killed one left half written is written over, as the next shard has the same name again.
+    # There is a lock for each process number, because shards are named by it: two runs that fill at
+    # once would write the same names.
     with lock(folder, f".lock-{process}"):
         fingerprint, missing = agree_with(folder, model, wanted, dtype)
         frames = sum(model.count_frames(u.samples) for u in missing)
@@ -293,7 +293,8 @@ def agree_with(folder, model, utterances, dtype):
     if seen and not stored:
         raise ValueError(f"'{folder}' is no cache, as it holds '{seen[0]}': give another folder")
     # The folder's cut may lie before the model's: the stages between run frozen. It may not lie
-    # after it: stages that are to be trained would be in the cache.
+    # after it: stages that are to be trained would be in the cache. A cache of cut 0 would hold the
+    # CNN's features, and is never made.
     if stored.get("cut") in range(1, model.cut):
         model.cut = stored["cut"]
     fingerprint = {
@@ -377,7 +378,8 @@ def main(argv=None):
     import data
     import model as models
 
-    args.workers = 2  # threads that read audio ahead of the model
+    # What train.py has options for.
+    args.workers = 2
     args.device = models.choose_device("auto")
     encoder, audio = models.load_encoder(args.model)
     model = models.EmotionModel(encoder, **audio)

@@ -32,8 +32,8 @@ def ccc(pred, target):
     if pred.shape != target.shape:
         raise ValueError(f"predictions {tuple(pred.shape)}, but targets {tuple(target.shape)}")
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    # A shift of both changes no result. With it, rounding is that of the labels' range, however far
-    # from zero they lie, and equal constants are zeros.
+    # Moving both by the same amount changes no result. With the first label moved to zero, nothing
+    # is lost to rounding where labels lie far from zero, and equal constants are exact zeros.
     origin = target[:1].to(dtype)
     pred = pred.to(dtype) - origin
     target = target.to(dtype) - origin

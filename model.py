@@ -45,8 +45,8 @@ METHODS = ("full", "partial", "lora")  # See `freeze`.
 
 
 class EmotionModel(nn.Module):
-    """An encoder of Hugging Face's (one of FAMILIES), mean pooling, dropout, and one linear layer,
-    whose every output is one of the paper's heads (section IV-A). In Hugging Face's names, the
+    """An encoder of Hugging Face's (one of FAMILIES), mean pooling, dropout, and one linear layer.
+    Each of its outputs is one of the paper's heads (section IV-A). In Hugging Face's names, the
     encoder's `feature_extractor` is the CNN, and its `encoder` is the transformer.
 
     `cut` is the first stage that `suffix` runs. `freeze` sets it. A cache that was filled for a
@@ -71,7 +71,7 @@ class EmotionModel(nn.Module):
     Hugging Face's forward, and `run_stages` calls the layers without it. That is our choice: no
     cache could have them before the cut, and the rows of Table I are to differ only in what they
     train. Hugging Face's checkpointing is switched off, too, as train.py has its own. The encoder
-    is changed in place, WavLM's attention among its parts: use it through the model only.
+    is changed in place (in WavLM, the attention, too): use it through the model only.
     """
 
     # Add 1 whenever what `prefix` computes changes: older caches are then refused.
@@ -210,10 +210,11 @@ class EmotionModel(nn.Module):
     def embed(self, features, mask):
         """Stage 0: projection, positional convolution, LayerNorm: (B, T, C) -> (B, T, D).
 
-        On a CPU, a LayerNorm over bfloat16 adds up its weight's gradient over all frames in
-        bfloat16. In one batch it was 46 % off, and with more frames it is more. So under autocast,
-        too, the LayerNorms here take float32: `run_stages` gives the projection float32 features,
-        and the .float() below does it for the last one.
+        On a CPU, a LayerNorm of bfloat16 input adds up its weight's gradient over all frames in
+        bfloat16. That was 46 % off in one batch, and gets worse with more frames. So the LayerNorms
+        here take float32 under autocast, too: `run_stages` gives the projection float32 features,
+        and the .float() below does it for the last one. (Those inside the layers take sums with the
+        hidden states, which are float32.)
         """
         transformer = self.encoder.encoder
         hidden = first_of(self.encoder.feature_projection(features)).float()
@@ -283,7 +284,7 @@ def wavlm_attention(attention, hidden, mask, position_bias, *_):
         # times infinity, which is NaN.
         bias = bias.masked_fill(~mask, -math.inf)
     dropout = attention.dropout if attention.training else 0.0
-    # Where autocast is on, it casts the bias as it does the rest.
+    # Autocast, where it is on, casts the bias, too.
     mixed = F.scaled_dot_product_attention(*split, bias, dropout)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
@@ -342,7 +343,7 @@ def freeze(model, method, layers=None, freeze_embedding=False, rank=8, alpha=16,
     if layers not in range(1, depth + 1):
         raise ValueError(f"{method}, {layers} layers: 1 to {depth} are possible")
     if method == "full" and (layers < depth or freeze_embedding):
-        raise ValueError("full trains all layers and the embedding; for less, take partial or lora")
+        raise ValueError("full trains all: it takes no fewer layers, frozen embedding, or cache")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: build a new model")
     model.encoder.requires_grad_(False)
@@ -386,7 +387,7 @@ OVERRIDES = {
     "output_hidden_states": False,
     "return_dict": True,
 }
-# Keys of an encoder's config.json that change what the same weights compute.
+# Keys of an encoder's config.json that change what the same weights compute, in training or not.
 HASHED = str.split("""model_type num_attention_heads layer_norm_eps hidden_act conv_stride
     feat_extract_norm feat_extract_activation do_stable_layer_norm max_bucket_distance
     attention_dropout hidden_dropout activation_dropout feat_proj_dropout""")
@@ -544,12 +545,12 @@ def predict(args):
         utterances = data.usable(found, skip_bad=True, splits=splits)
         _, problems = found
         failed = bool(problems)
-        # Without its audio folder, this is an OSError, and no line for each utterance.
+        # Where there is no audio folder, this is one OSError, and not a line for each utterance.
         os.listdir(os.path.dirname(utterances[0].path))
     else:
         utterances = data.find_audio(args.audio)
     if args.csv:
-        utterances = data.progress(utterances, "predict")  # Else it would stand among the rows.
+        utterances = data.progress(utterances, "predict")  # A bar, but not among the rows.
     # A folder's names need not be UTF-8, and are written as they are on disk. A row is written at
     # once, and no file that is there already is written over.
     with (

@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# AdamW imports this, too. If a process group is there by then, default arguments of its functions
-# hold that. Then destroy_process_group leaves threads, which at times abort a process at its end.
+# This has to be imported before there is a process group. AdamW imports it later otherwise, and
+# default arguments of its functions then keep the group alive when it is destroyed: its threads at
+# times abort the process at its end.
 import torch.distributed.nn
 import transformers
 from torch.utils.checkpoint import checkpoint
@@ -70,7 +71,7 @@ def fit(args, model, datasets, config):
         _, scores = evaluate(model, dev, args)
         line = {
             "epoch": epoch,
-            # AdamW has taken so many by now. The scaler leaves out some, at first often several.
+            # AdamW has taken so many: the scaler leaves out some. (Fused, it counts from 0 on.)
             "steps": int(next(iter(optimizer.state.values()))["step"]),
             "loss": loss,
             "dev": scores,
@@ -150,7 +151,7 @@ def train_epoch(model, dataset, optimizer, scaler, args, epoch):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # .item() waits for the GPU, so it comes last.
+        losses.append(loss.item())  # It waits for the GPU, so it comes after all that is queued.
         names = [dataset.utterances[i].name for i in batch]
         check_finite(loss, f"epoch {epoch}, step {len(losses)}: the loss of {names}")
     return sum(losses) / len(losses)
@@ -309,6 +310,13 @@ def together(operation, *arguments):
 
 
 # ---- the run folder ----
+#
+# what --out holds                   without --resume     with --resume
+# nothing, or no run                 a new run, unless it would write over a file (check_place)
+# this run, unfinished               refused              continued
+# this run, finished                 refused              left as it is; if --epochs grew, continued
+# this run, out of memory            a new run, unless there is an epoch: then as unfinished
+# another run, or a longer one       refused, if there is an epoch of it (compare_run)
 
 # What may differ between a run and its continuation: places, the machine and what follows from it,
 # the number of epochs, and --skip-bad, as the utterances that are left are compared.
@@ -351,12 +359,12 @@ def run(args):
             f" {args.precision} ({args.precision_reason}) on {config['device']};"
             f" utterances: {sizes}; {steps:,} steps an epoch"
         )
-        # A new one, because the result in this one, "out of memory", counts in Table II.
+        # In Table II, "out of memory" is a result as well. So what is tried next has a new --out.
         advice = f"a new --out with --chunk {max(1, (args.chunk or 8) // 2)} --recompute needs less"
         try:
             with models.explain_memory(advice):
                 fit(args, model, datasets, config)
-        except MemoryError:  # It is a result as well: Table II.
+        except MemoryError:
             failure = {"out_of_memory": True, "peak_memory_bytes": peak_memory(args.device)}
             # Several processes may come here at once. One of their files remains.
             write_json(args, "result.json", config | failure)
@@ -372,8 +380,8 @@ def describe_run(args, model, utterances):
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Three options get another meaning: layers is a number in any case, device is its name, and
-    # cache, at the end, no path, but "cut 10, float16".
+    # Three options are replaced: `layers` is a number also where None meant all, `device` is the
+    # processor's name, and `cache`, no longer a path, will be "cut 10, float16" or None.
     config = vars(args) | {
         "layers": args.layers or len(model.encoder.encoder.layers),
         "corpus": digest_rows([u.name, u.split] for u in utterances),
@@ -415,10 +423,12 @@ def make_datasets(args, model, utterances, config):
     if args.cached:
         cache.fill_missing(args.cache, model, utterances, args)
         exchange("filled")  # All processes wait here until the cache is filled.
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # The peak is to be that of training.
         entries, fingerprint, seconds = cache.read_entries(args.cache)
         utterances = [u for u in utterances if u.name in entries]
         config |= {
-            # The dtype is None if nothing could be filled, which is refused below.
+            # An empty cache has no dtype. It is refused below, as its splits are empty.
             "cache": f"cut {model.cut}, {fingerprint.get('dtype')}",
             "cache_contents": digest_rows([u.name, entries[u.name].checksum] for u in utterances),
             "fill_seconds": seconds,
@@ -619,7 +629,7 @@ def parse_args(argv):
     add("--padding", default="paper", choices=models.PADDINGS, help=text)
     text = "utterances a forward pass; saves padding if exact, and memory with --recompute"
     number("--chunk", None, text)
-    flag("--recompute", help="compute activations twice, keep few (II-D)")
+    flag("--recompute", help="with --chunk: keep one chunk's activations, compute twice (II-D)")
     number("--epochs", 5, "passes over the training split (%(default)s, IV-D)")
     number("--batch-size", 32, "utterances in the loss, of all processes (%(default)s, IV-D)")
     number("--eval-batch-size", None, "in paper padding it changes scores (--batch-size)")
@@ -670,8 +680,9 @@ def choose_precision(device):
     on a CPU that has instructions for it. Without them, bf16 takes 22 times as long as fp32."""
     if device == "cuda":
         return "fp16", "mixed, as in the paper"
-    # An older PyTorch has no such function: `dict` then stands in for it, and says nothing.
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able = {}
+    if hasattr(torch.cpu, "get_capabilities"):  # An older PyTorch does not tell.
+        able = torch.cpu.get_capabilities()
     if able.get("avx512_bf16") or able.get("amx_bf16"):
         return "bf16", "its instructions found"
     return "fp32", "no bf16 instructions found"

@@ -211,7 +211,7 @@ BAD = [  # what is spoiled, the command, what the error says
     (None, f"{TRAIN} --scale 7 1", "scale"),
     (None, f"{TRAIN} --batch-size 1", "--batch-size"),
     (None, f"{TRAIN} --rank 4", "--method lora"),
-    (None, f"{TRAIN} --method full --cache cache --layers 4", "full trains all layers"),
+    (None, f"{TRAIN} --method full --cache cache --layers 4", "full trains all: it takes"),
     (None, "data --demo corpus", "corpus"),
 ]
 
