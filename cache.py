@@ -221,7 +221,7 @@ def lock(folder, name=".lock"):
     with open(Path(folder, name), "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             print(f"waiting for another process, which writes into '{folder}'", file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:  # Some network file systems have no locks.
@@ -306,12 +306,9 @@ def agree_with(folder, model, utterances, dtype):
         "prefix_version": model.PREFIX_VERSION,
     }
     for key in fingerprint | stored:
-        found = stored.get(key)
-        wanted = fingerprint.get(key)
-        if stored and found != wanted:
-            raise ValueError(
-                f"'{folder}' was made with {key} {found}, not {wanted}: give another folder"
-            )
+        if stored and stored.get(key) != fingerprint.get(key):
+            made = f"{key} {stored.get(key)}, not {fingerprint.get(key)}"
+            raise ValueError(f"'{folder}' was made with {made}: give another folder")
     return fingerprint, [u for u in utterances if u.name not in entries]
 
 

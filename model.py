@@ -95,9 +95,6 @@ class EmotionModel(nn.Module):
         self.padding = padding
         self.sample_rate = sample_rate
         self.normalise = normalise
-        # The ends of the labels' scale, (low, high), and the encoder's digest. `build` sets both.
-        self.scale = None
-        self.encoder_sha256 = None
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, len(self.attributes))
         self.is_wavlm = encoder.config.model_type == "wavlm"
@@ -417,7 +414,7 @@ def load_encoder(name):
         extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(name)  # of all FAMILIES
         rate = extractor.sampling_rate
         if rate not in range(4000, 192001):
-            raise ValueError("preprocessor_config.json lacks a sampling_rate in Hz")
+            raise ValueError(f"sampling_rate {rate} in preprocessor_config.json is not in Hz")
         return encoder, {"sample_rate": rate, "normalise": bool(extractor.do_normalize)}
 
 
@@ -474,7 +471,8 @@ def load_trained(model, weights):
 
 def build(encoder, audio, settings):
     """An EmotionModel, built and frozen as `settings` say: the arguments of a run, {name: value}.
-    `encoder, audio` are what load_encoder returns."""
+    `encoder, audio` are what load_encoder returns. Only such a model has `encoder_sha256`, the
+    encoder's digest, and `scale`, (low, high), the ends of the labels' scale."""
     model = EmotionModel(
         encoder, settings["attributes"], settings["dropout"], settings["padding"], **audio
     )
@@ -548,7 +546,7 @@ def predict(args):
         # Where there is no audio folder, this is one OSError, and not a line for each utterance.
         os.listdir(os.path.dirname(utterances[0].path))
     else:
-        utterances = data.find_audio(args.audio)
+        utterances = data.find_audio(args.paths)
     if args.csv:
         utterances = data.progress(utterances, "predict")  # A bar, but not among the rows.
     # A folder's names need not be UTF-8, and are written as they are on disk. A row is written at
@@ -655,8 +653,7 @@ def params(args):
     with blame(args.model), torch.device("meta"):  # Tensors there have a shape, and no memory.
         model = EmotionModel(transformers.AutoModel.from_config(config))
     total = model.encoder.num_parameters()
-    counts = [n for n in (3, 2, 1) if n <= config.num_hidden_layers]
-    rows = [("partial", n, frozen) for frozen in (False, True) for n in counts]
+    rows = [("partial", n, frozen) for frozen in (False, True) for n in (3, 2, 1)]
     # One model serves all rows, as `freeze` starts anew. Only LoRA changes it, and comes last.
     for method, layers, frozen in [("full", None, False), *rows, ("lora", None, False)]:
         freeze(model, method, layers, frozen)
@@ -688,7 +685,7 @@ def main(argv=None):
         either("--model", help="the run's encoder, if no longer where it was")
     add_export("out", help="a new folder")
     # Not nargs "*": with it, argparse takes no file where an option stands before the files.
-    files = add("audio", nargs="+", help="audio files, and folders of them (or --data)")
+    files = add("paths", nargs="+", help="audio files, and folders of them (or --data)")
     files.required = False  # --data may stand instead.
     add("--csv", help="write a new file instead of to the terminal")
     add("--window", type=float, help="predict for pieces of so many seconds")
@@ -703,7 +700,7 @@ def main(argv=None):
     if args.command == "predict":
         if args.hop is None:
             args.hop = args.window
-        if bool(args.audio) == bool(args.data):
+        if bool(args.paths) == bool(args.data):
             parser.error("predict takes audio, or --data")
         if args.csv and os.path.exists(args.csv):
             parser.error(f"'{args.csv}' is there already: move it away, or give another --csv")

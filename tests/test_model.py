@@ -399,7 +399,7 @@ NO_ENCODER = [  # a file in an encoder's folder, what is changed in it, and what
 NOT_LOADED = [("config.json", {"conv_kernel": (11, 3, 3, 3, 3, 2, 2)}, "misshapen|cannot be used")]
 NOT_LOADED += [("preprocessor_config.json", None, "cannot be used")]
 for rate in (None, [16000], 1e20, 0, "16000"):
-    NOT_LOADED += [("preprocessor_config.json", {"sampling_rate": rate}, "lacks a sampling_rate")]
+    NOT_LOADED += [("preprocessor_config.json", {"sampling_rate": rate}, "is not in Hz")]
 
 
 @pytest.mark.parametrize(("name", "change", "reason"), NO_ENCODER + NOT_LOADED)
