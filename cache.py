@@ -43,14 +43,14 @@ SHARD_BYTES = 128 * 2**20  # About half an hour of speech. An interruption loses
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-@torch.no_grad()
-def encode(model, recordings, device):
+def encode(model, recordings):
     """Yield items for `fill` from recordings, each (name, wave (S,), CRC-32 of its file).
 
     Each utterance is computed alone and unpadded, in float32, whatever it is stored in. So one
-    cache serves runs of any precision and padding. The model is left on `device`, in eval mode.
+    cache serves runs of any precision and padding. In training mode, too, nothing here is random,
+    as the model keeps its frozen stages in eval mode.
     """
-    model.eval().to(device)
+    device = model.head.weight.device
     for name, wave, audio_crc in recordings:
         hidden, _ = model.prefix(wave[None].to(device), [len(wave)])  # (1, T, D)
         yield name, hidden[0], audio_crc
@@ -234,11 +234,11 @@ def lock(folder, name=".lock"):
 
 
 def fill_missing(folder, model, utterances, args, dtype=None):
-    """Fill this process's share of those of `utterances` that a cache lacks. The model is left with
-    the cache's cut and, if anything was filled, on `args.device` and in eval mode. ValueError where
-    the folder is no cache, or none to train the model from.
+    """Fill this process's share of those of `utterances` that a cache lacks, on the model's device.
+    The model is left with the cache's cut. ValueError where the folder is no cache, or none to
+    train the model from.
 
-    args : skip_bad, workers and device, of cache.py or train.py
+    args : skip_bad and workers, of cache.py or train.py
     dtype : of a new cache, a key of DTYPES (None: float16)
 
     The folder is looked at twice. First without a lock: taking one writes a file, and a complete
@@ -274,7 +274,7 @@ def fill_missing(folder, model, utterances, args, dtype=None):
             raise OSError(f"'{folder}' is on a disk with less free space: give another folder")
         recordings = data.read_ahead(load, missing, args.workers, "fill")
         with models.explain_memory("leave out the longest recordings"):
-            fill(folder, fingerprint, encode(model, recordings, args.device), process)
+            fill(folder, fingerprint, encode(model, recordings), process)
 
 
 def agree_with(folder, model, utterances, dtype):
@@ -375,11 +375,9 @@ def main(argv=None):
     import data
     import model as models
 
-    # What train.py has options for.
-    args.workers = 2
-    args.device = models.choose_device("auto")
+    args.workers = 2  # Threads that read audio ahead of the model: train.py has an option for it.
     encoder, audio = models.load_encoder(args.model)
-    model = models.EmotionModel(encoder, **audio)
+    model = models.EmotionModel(encoder, **audio).to(models.choose_device("auto"))
     model.encoder_sha256 = models.digest(encoder)
     models.freeze(model, "partial", args.layers, freeze_embedding=True)
     # Labels are of no interest here.
