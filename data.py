@@ -387,8 +387,8 @@ def open_sound(source):
                 yield sound, content
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
             # soundfile raises a TypeError for an open file whose name ends in .raw. And some
-            # codecs, GSM for one, cannot seek: those are "not to be read in pieces".
-            reason = f"damaged, no audio, or not to be read in pieces; {FETCH}"
+            # codecs, GSM for one, cannot seek, and so not be read in pieces.
+            reason = f"damaged, no audio, or of a kind not read here, or in pieces; {FETCH}"
             if isinstance(error, ValueError):
                 reason = error
             name = str(getattr(file, "name", "a file in memory"))

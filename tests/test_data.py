@@ -345,7 +345,7 @@ def test_pieces_of_gsm(tmp_path):
     """GSM, in which no place can be sought, is refused in pieces with what to do."""
     soundfile.write(tmp_path / "x", NOISE, 8000, "GSM610", format="WAV")
     with pytest.raises(
-        ValueError, match="x': damaged, no audio, or not to be read in pieces; .*`ffmpeg"
+        ValueError, match="x': damaged, no audio, or of a kind not read here.*`ffmpeg"
     ):
         data.load_audio(tmp_path / "x", 8000, start=1, stop=2)
 
